@@ -1,0 +1,1 @@
+"""midstream: a streaming, token-level safety monitor for language models."""

@@ -1,0 +1,66 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Write a new folder of files, which appears under its name in one rename, on the disk.
+
+    A process killed before the rename leaves at most a sibling ``.NAME.partial-*``, which can be
+    removed; any other failure leaves nothing. Files are written in the order given.
+
+    Parameters
+    ----------
+    path
+        The new folder; its parents are made where they are missing.
+    files
+        Content of each file by name.
+
+    Raises
+    ------
+    FileExistsError
+        If there is anything at ``path``, were it an empty folder.
+    OSError
+        If the disk refuses.
+    """
+    target = Path(os.path.abspath(path))
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        for name, content in files.items():
+            with open(partial / name, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(partial)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            _refuse_existing(target)  # somebody was faster
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
