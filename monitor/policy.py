@@ -1,0 +1,294 @@
+"""What a risk leads to.
+
+Horizons, thresholds, strictness tiers, segments. Written as YAML, validated key by key.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from midstream.chain import Chain, faults_by_key
+from midstream.kernels.tables import OnUnscored, PolicyTable
+
+SCHEMA_VERSION = 1
+
+TierName = Literal["strict", "moderate", "loose"]
+TIERS: tuple[TierName, ...] = ("strict", "moderate", "loose")
+"""From the strictest to the loosest."""
+
+ANSWER = "answer"
+"""The segment every stream starts in."""
+
+_NEVER = 2.0  # a risk is at most 1
+
+
+def _no_truth_value(value: object) -> object:
+    if isinstance(value, bool):  # YAML's off is not 0.0
+        raise ValueError("expected a number, not a truth value")
+    return value
+
+
+def _is_hold_back(value: object) -> object:
+    if value == "turn" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"expected a number of tokens, 1 or more, or 'turn'; got {value!r}")
+
+
+Probability = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be obeyed; the message names each key at fault."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Thresholds(_Strict):
+    """When a stream of one tier is halted or held.
+
+    Attributes
+    ----------
+    horizon : int
+        Tokens to look ahead; 0 detects, more forecasts.
+    halt_at : float
+        Halt when the risk reaches this.
+    hold_at : float, optional
+        Hold when the risk reaches this; None never holds for risk.
+    release_at : float, optional
+        A held stream goes on once the risk is below this (hysteresis); ``hold_at`` when not given.
+    """
+
+    horizon: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
+    halt_at: Probability
+    hold_at: Probability | None = None
+    release_at: Probability | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Thresholds:
+        if self.hold_at is not None and self.hold_at > self.halt_at:
+            raise ValueError(f"hold_at ({self.hold_at}) must not exceed halt_at ({self.halt_at})")
+        if self.release_at is not None:
+            if self.hold_at is None:
+                raise ValueError("release_at needs hold_at")
+            if self.release_at > self.hold_at:
+                raise ValueError(
+                    f"release_at ({self.release_at}) must not exceed hold_at ({self.hold_at})"
+                )
+        return self
+
+    @property
+    def levels(self) -> tuple[float, float, float]:
+        """Risks at which a stream is halted; held; and stays held. 2.0 where none is enough.
+
+        A stream can also be held by an unscored token, so that the last one exists without
+        ``hold_at``, too: the next scored token that does not halt lets such a stream go on.
+        """
+        hold_at = _NEVER if self.hold_at is None else self.hold_at
+        return self.halt_at, hold_at, hold_at if self.release_at is None else self.release_at
+
+    def is_at_least_as_strict_as(self, other: Thresholds) -> bool:
+        """Whether on the same evidence its verdict can never be milder, at any token.
+
+        Risk grows with the horizon, so looking as far ahead with no level higher is what it takes.
+        """
+        levels = zip(self.levels, other.levels, strict=True)
+        return self.horizon >= other.horizon and all(
+            min(mine, self.halt_at) <= min(theirs, other.halt_at) for mine, theirs in levels
+        )
+
+
+class OnHalt(_Strict):
+    """What the client is told when its stream is halted."""
+
+    finish_reason: str = "content_filter"
+    message: str | None = None
+
+
+class Provenance(_Strict):
+    """Where the thresholds come from, and what they promise."""
+
+    calibration_set: str = "none"
+    guarantee: str = "none: the thresholds were chosen by hand"
+
+
+class Policy(_Strict):
+    """A monitor's policy, as stored in ``policy.yaml``.
+
+    Attributes
+    ----------
+    tiers : mapping of tier name to Thresholds
+        At least one of strict, moderate, loose; each at least as strict as the next.
+    default_tier : str
+        Tier of a request that asks for none.
+    loosest_tier : str, optional
+        The loosest tier a client may ask for; ``default_tier`` when not given.
+    segments : mapping of segment name to mapping of tier name to Thresholds
+        Thresholds that replace the tiers' own while a stream is inside that segment.
+    hold_back : int or "turn"
+        Tokens a client's text stays behind the last judged token; "turn" delivers whole responses.
+    on_unscored : {"pass", "hold", "halt"}
+        What a response token without a score does. "hold": it waits until a later token, whose
+        residual has attended to it, is scored and allowed.
+    """
+
+    schema_version: StrictInt = SCHEMA_VERSION
+    tiers: Annotated[dict[TierName, Thresholds], Field(min_length=1)]
+    default_tier: TierName
+    loosest_tier: TierName | None = None
+    segments: dict[str, dict[TierName, Thresholds]] = {}
+    hold_back: Annotated[int | Literal["turn"], BeforeValidator(_is_hold_back)] = 1
+    on_unscored: Literal["pass", "hold", "halt"] = "hold"
+    on_halt: OnHalt = OnHalt()
+    provenance: Provenance = Provenance()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_newer(cls, content: Any) -> Any:
+        """Come first: the keys of a newer schema must not be blamed one by one."""
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version: {version} is newer than {SCHEMA_VERSION}, the newest that this "
+                "midstream reads; upgrade midstream"
+            )
+        return content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        for key in ("default_tier", "loosest_tier"):
+            name = getattr(self, key)
+            if name is not None and name not in self.tiers:
+                raise ValueError(f"{key}: {self._no_tier(name)}")
+        if _looser(self.default_tier, self.loosest):
+            raise ValueError(
+                f"default_tier ({self.default_tier}) is looser than loosest_tier ({self.loosest})"
+            )
+        if ANSWER in self.segments:
+            raise ValueError(f"segments.{ANSWER}: its thresholds are those of the tiers")
+        self._check_order("tiers", self.tiers)
+        for segment, tiers in self.segments.items():
+            if set(tiers) != set(self.tiers):
+                raise ValueError(
+                    f"segments.{segment}: has {', '.join(tiers) or 'nothing'}; needs thresholds "
+                    f"for just the tiers there are, {', '.join(self.tiers)}"
+                )
+            self._check_order(f"segments.{segment}", tiers)
+        return self
+
+    @staticmethod
+    def _check_order(key: str, tiers: dict[TierName, Thresholds]) -> None:
+        for stricter, looser in pairwise(name for name in TIERS if name in tiers):
+            if not tiers[stricter].is_at_least_as_strict_as(tiers[looser]):
+                raise ValueError(
+                    f"{key}.{stricter}: can be milder than {looser}; give it no shorter horizon "
+                    "and no higher halt_at, hold_at or release_at"
+                )
+
+    @property
+    def loosest(self) -> TierName:
+        """The loosest tier a client may ask for."""
+        return self.loosest_tier or self.default_tier
+
+    def tier_for(self, requested: str | None) -> TierName:
+        """Return the tier of a request, which may be stricter than the server's, never looser.
+
+        Raises
+        ------
+        PolicyError
+            For an unknown tier, or one looser than ``loosest_tier``.
+        """
+        if requested is None:
+            return self.default_tier
+        for name in self.tiers:
+            if name == requested:
+                if _looser(name, self.loosest):
+                    raise PolicyError(
+                        f"tier {name!r} is looser than this server allows; "
+                        f"the loosest is {self.loosest!r}"
+                    )
+                return name
+        raise PolicyError(self._no_tier(requested))
+
+    def row(self, tier: TierName, segment: str = ANSWER) -> int:
+        """Row of :meth:`table` for a tier inside a segment."""
+        segments = [ANSWER, *self.segments]
+        if segment not in segments:
+            raise PolicyError(f"no segment {segment!r}; there are {', '.join(segments)}")
+        if tier not in self.tiers:
+            raise PolicyError(self._no_tier(tier))
+        return segments.index(segment) * len(self.tiers) + list(self.tiers).index(tier)
+
+    def table(self, chain: Chain, device: torch.device | str = "cpu") -> PolicyTable:
+        """Tensors for the kernels: one row per segment and tier, in the order of :meth:`row`."""
+        rows = [
+            thresholds
+            for tiers in [self.tiers, *self.segments.values()]
+            for thresholds in (tiers[name] for name in self.tiers)
+        ]
+
+        def tensor(values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        halt_at, hold_at, release_at = zip(*(row.levels for row in rows), strict=True)
+        return PolicyTable(
+            ahead=tensor([chain.horizon(row.horizon).tolist() for row in rows]),
+            halt_at=tensor(halt_at),
+            hold_at=tensor(hold_at),
+            release_at=tensor(release_at),
+            on_unscored=tensor([OnUnscored[self.on_unscored.upper()]] * len(rows), torch.int32),
+        )
+
+    def _no_tier(self, name: str) -> str:
+        return f"no tier {name!r}; there are {', '.join(self.tiers)}"
+
+    def to_yaml(self) -> str:
+        """YAML in the order of the fields."""
+        dump = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(dump, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "policy.yaml") -> Policy:
+        """Parse and validate; a PolicyError names each key at fault."""
+        try:
+            content = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise PolicyError(f"{source}: not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise PolicyError(f"{source}: expected a mapping of keys, got {type(content).__name__}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise PolicyError(f"{source}: {faults_by_key(error)}") from error
+
+
+def _looser(tier: TierName, than: TierName) -> bool:
+    return TIERS.index(tier) > TIERS.index(than)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value}: given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

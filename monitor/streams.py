@@ -1,0 +1,249 @@
+"""The life of one stream as the host sees it: phases, events, and the report it leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from midstream.holdback import HoldBack
+from midstream.kernels.tables import SlotTable, Verdict
+from midstream.policy import Policy, TierName
+
+EVENT_SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+class Phase(Enum):
+    """Where a stream stands (design section 4.6)."""
+
+    PROMPT = "prompt"
+    GENERATING = "generating"
+    HELD = "held"
+    HALTED = "halted"
+    RELEASED = "released"
+    """Ended, and delivered as a whole at its end (``hold_back: turn``)."""
+    FINISHED = "finished"
+    """Ended by itself."""
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.PROMPT: frozenset({Phase.GENERATING, Phase.HELD, Phase.HALTED, Phase.FINISHED}),
+    Phase.GENERATING: frozenset({Phase.HELD, Phase.HALTED, Phase.RELEASED, Phase.FINISHED}),
+    Phase.HELD: frozenset({Phase.GENERATING, Phase.HALTED, Phase.RELEASED, Phase.FINISHED}),
+    Phase.HALTED: frozenset(),
+    Phase.RELEASED: frozenset(),
+    Phase.FINISHED: frozenset(),
+}
+
+_PHASE_OF = {
+    Verdict.CONTINUE: Phase.GENERATING,
+    Verdict.HOLD: Phase.HELD,
+    Verdict.HALT: Phase.HALTED,
+}
+
+
+class PhaseError(RuntimeError):
+    """A transition that the table does not allow."""
+
+
+class Trace(BaseModel):
+    """Token by token record of a stream, oldest first; all lists have the same length n.
+
+    ``risk`` is None where a token was not judged: a prompt token before the last, or one without a
+    score.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    position: list[int]
+    risk: list[float | None]
+    verdict: list[Literal["CONTINUE", "HOLD", "HALT"]]
+    scores: dict[str, list[float | None]]
+    """Probe name to logits; None where one was not finite."""
+
+    @classmethod
+    def read(cls, slots: SlotTable, slot: int, names: Sequence[str]) -> Self:
+        """Copy the trace of a slot from the device; ``names`` are those of the probes."""
+        position = slots.trace_position[slot].cpu()
+        cells = position.argsort()[int((position < 0).sum()) :]  # -1 marks cells never written
+        logits = slots.trace_logits[slot].cpu()[cells]
+        return cls.model_validate(
+            {
+                "position": position[cells].tolist(),
+                "risk": _finite(slots.trace_risk[slot].cpu()[cells]),
+                "verdict": [
+                    Verdict(v).name for v in slots.trace_verdict[slot].cpu()[cells].tolist()
+                ],
+                "scores": {name: _finite(logits[:, p]) for p, name in enumerate(names)},
+            }
+        )
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+class StreamReport(BaseModel):
+    """What is left of a stream when its slot is retired.
+
+    Attributes
+    ----------
+    scored, unscored : int
+        Tokens with and without a score; prompt tokens count only when some probe reads prompts. The
+        last token of a stream is unscored where the engine never fed it.
+    halted_at : int, optional
+        Position of the token that halted the stream.
+    peak : float
+        Largest risk of any judged token.
+    trace : Trace
+        The last tokens, as many as the monitor keeps.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stream: str
+    bundle: str
+    tier: TierName
+    prompt_tokens: int
+    scored: int
+    unscored: int
+    verdict: Literal["CONTINUE", "HOLD", "HALT"]
+    cause: str | None
+    halted_at: int | None
+    risk: float
+    peak: float
+    finish_reason: str
+    trace: Trace
+
+
+class Event(BaseModel):
+    """One thing that happened to a stream; one JSON object per event (design section 4.8).
+
+    ``position`` counts tokens from the start of the prompt. ``text`` is there on ``released``
+    events of engines that decode, ``report`` on ``finished`` ones. ``cause`` names the probe with
+    the largest hazard, or ``unscored``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = EVENT_SCHEMA_VERSION
+    type: Literal["admitted", "scored", "verdict", "halted", "released", "finished", "error"]
+    stream: str
+    bundle: str
+    position: int | None = None
+    risk: float | None = None
+    verdict: Literal["CONTINUE", "HOLD", "HALT"] | None = None
+    cause: str | None = None
+    text: str | None = None
+    message: str | None = None
+    report: StreamReport | None = None
+
+
+class Session(Generic[T]):
+    """The front end of one stream: tokens and verdicts in; tokens that may leave and events out.
+
+    Parameters
+    ----------
+    stream : str
+    policy : Policy
+    bundle : str
+        Hash of the bundle, repeated in every event.
+    """
+
+    def __init__(self, stream: str, policy: Policy, bundle: str) -> None:
+        self.stream = stream
+        self.phase = Phase.PROMPT
+        self.hold_back: HoldBack[T] = HoldBack(
+            policy.hold_back, passes_unscored=policy.on_unscored == "pass"
+        )
+        self._delivers_whole = policy.hold_back == "turn"
+        self._bundle = bundle
+
+    def event(self, type: str, **fields: object) -> Event:
+        """Build an event of this stream."""
+        return Event.model_validate(
+            {"type": type, "stream": self.stream, "bundle": self._bundle, **fields}
+        )
+
+    def push(self, position: int, token: T) -> None:
+        """Queue a token that was just sampled."""
+        if self.phase == Phase.PROMPT:
+            self._enter(Phase.GENERATING)
+        self.hold_back.push(position, token)
+
+    def judge(
+        self, position: int, verdict: Verdict, risk: float, cause: str | None = None
+    ) -> tuple[list[T], list[Event]]:
+        """Take the verdict after ``position`` was fed.
+
+        Returns
+        -------
+        tokens : list
+            Those that may leave now, in order.
+        events : list of Event
+            ``halted`` when this verdict halts the stream, ``verdict`` when it holds it or lets it
+            go on.
+        """
+        tokens = self.hold_back.judge(position, verdict)  # none once the stream has ended
+        before, after = self.phase, _PHASE_OF[verdict]
+        if before == Phase.HALTED or before == after:
+            return tokens, []
+        self._enter(after)
+        facts = {"position": position, "risk": risk, "verdict": verdict.name, "cause": cause}
+        if after == Phase.HALTED:
+            return tokens, [self.event("halted", **facts)]
+        if before == Phase.PROMPT and after == Phase.GENERATING:
+            return tokens, []  # what every stream does is no event
+        return tokens, [self.event("verdict", **facts)]
+
+    def finish(self) -> list[T]:
+        """End the stream; return the tokens that leave with its end."""
+        tokens = self.hold_back.finish()
+        if self.phase != Phase.HALTED:
+            whole = self._delivers_whole and bool(tokens)
+            self._enter(Phase.RELEASED if whole else Phase.FINISHED)
+        return tokens
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in TRANSITIONS[self.phase]:
+            raise PhaseError(
+                f"stream {self.stream!r}: {self.phase.name} does not lead to {phase.name}; "
+                "allowed: "
+                f"{sorted(p.name for p in TRANSITIONS[self.phase]) or 'nothing, it has ended'}"
+            )
+        self.phase = phase
+
+
+def released(report: StreamReport, response: Sequence[T], policy: Policy) -> list[T]:
+    """Tokens of a response that may leave by the verdicts in its report.
+
+    Parameters
+    ----------
+    response : sequence
+        Its tokens from the first after the prompt, the end token left out.
+
+    Raises
+    ------
+    ValueError
+        When the report has no trace, so that nothing is known of its tokens.
+    """
+    trace = report.trace
+    if not trace.position and report.scored + report.unscored:
+        raise ValueError("the report has no trace: build the monitor with trace=1 or more")
+    queue: HoldBack[T] = HoldBack(policy.hold_back, passes_unscored=policy.on_unscored == "pass")
+    verdicts = {p: Verdict[v] for p, v in zip(trace.position, trace.verdict, strict=True)}
+    start = report.prompt_tokens
+    leaving: list[T] = []
+    if start - 1 in verdicts:
+        queue.judge(start - 1, verdicts[start - 1])
+    for position, token in enumerate(response, start=start):
+        queue.push(position, token)
+        if position in verdicts:
+            leaving += queue.judge(position, verdicts[position])
+    return leaving + queue.finish()
