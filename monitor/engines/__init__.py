@@ -1,0 +1,1 @@
+"""One thin adapter per inference engine; none of them decides anything (design section 4.7)."""

@@ -1,0 +1,302 @@
+"""transformers: watch ``model.generate``, halt rows in the same step (design section 4.7).
+
+The taps read the residual stream during the forward pass, one ``advance`` follows it, and the
+logits processor, which generate calls before it samples, forces the end-of-sequence id on halted
+rows: their next token is never sampled, and the other rows keep their logits bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
+
+from midstream.bundle import Fingerprint
+from midstream.engines.hf_checks import (
+    UnsupportedGenerationError,
+    check_generation,
+    check_unwatched,
+    end_tokens,
+    set_option,
+)
+from midstream.kernels.tables import Verdict
+from midstream.monitor import Monitor
+from midstream.streams import StreamReport, released
+from midstream.taps import attach_taps
+
+_POSITIONAL = list(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
+
+
+class HaltingProcessor(LogitsProcessor):
+    """Forces the end of sequence on halted rows.
+
+    The rows of other streams pass through untouched.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``scores`` [B, vocabulary], the halted rows' replaced."""
+        halted = self.attachment.halted()
+        # On the CPU a look costs nothing and saves a pass over [rows, vocabulary]; a GPU would have
+        # to wait for it.
+        if scores.device.type == "cpu" and not halted.any():
+            return scores
+        return self.end(halted, scores)
+
+    def end(self, rows: Tensor, scores: Tensor) -> Tensor:
+        """Return ``scores`` with only the end of sequence possible where ``rows`` [B] is true."""
+        stop = torch.full_like(scores[0], -torch.inf)
+        stop[self.attachment.end_token] = 0.0
+        return torch.where(rows[:, None], stop, scores)
+
+
+class Attachment:
+    """A monitor on one transformers model, for callers of ``model.generate``.
+
+    Use it as a context manager; each ``generate`` inside admits one stream per row and leaves its
+    reports in :attr:`reports`::
+
+        with monitor.attach(model, tokenizer) as m:
+            sequences = model.generate(**inputs, logits_processor=[m.halting()])
+        texts = tokenizer.batch_decode(m.released(sequences))
+
+    ``generate`` returns every sampled token, the one that was flagged included; :meth:`released`
+    gives those that may leave. The last token of a row that ends by length was never fed, so it has
+    no score.
+
+    Parameters
+    ----------
+    monitor : Monitor
+    model : transformers.PreTrainedModel
+        Must be the model the bundle was made for.
+    tokenizer : optional
+        When given it is checked against the bundle as well.
+    tier : str, optional
+        Strictness of the streams.
+    enforce : bool
+        False only observes: nothing is halted, the reports say what would have been.
+
+    Raises
+    ------
+    WrongModelError
+        When the bundle was made for another model.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        tier: str | None = None,
+        enforce: bool = True,
+    ) -> None:
+        monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
+        self.monitor = monitor
+        self.model = model
+        self.enforces = enforce
+        self.reports: list[StreamReport] = []
+        self._tier = monitor.policy.tier_for(tier)
+        self._attached = ExitStack()
+        self._generate: Callable[..., Any] = model.generate
+        self._slots: list[int] = []
+        self._streams = 0
+
+    def __enter__(self) -> Self:
+        model = self.model
+        check_unwatched(model)
+        with ExitStack() as stack:
+            stack.enter_context(self.monitor.exclusive())
+            stack.enter_context(attach_taps(model, self.monitor.bank.taps, self.monitor.observe))
+            for hook in (
+                model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                model.register_forward_hook(self._after_forward),
+            ):
+                stack.callback(hook.remove)
+            self._generate = model.generate
+            model.generate = self._watched_generate
+            stack.callback(delattr, model, "generate")  # the class's own method shows again
+            self._attached = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._attached.close()
+
+    def halting(self) -> HaltingProcessor:
+        """Return the logits processor that every ``generate`` here must be given."""
+        return HaltingProcessor(self)
+
+    def halted(self) -> Tensor:
+        """Which rows are halted after this step's forward pass, bool [B] on the device.
+
+        All false when only observing.
+
+        Raises
+        ------
+        UnsupportedGenerationError
+            When this step's rows were not judged, or more than once.
+        """
+        self._steps += 1
+        self._check_passes(self._steps)
+        if not self.enforces:
+            return torch.zeros_like(self._index, dtype=torch.bool)
+        return self.monitor.slots.verdict[self._index] == Verdict.HALT
+
+    @property
+    def end_token(self) -> int:
+        """Id that halted rows are given."""
+        return self._ends[0]
+
+    @property
+    def slots(self) -> list[int]:
+        """Slot of each row of the running ``generate``."""
+        return self._slots
+
+    def released(self, sequences: Tensor) -> list[Tensor]:
+        """Response ids of each row that may leave, by the policy's ``hold_back``.
+
+        Parameters
+        ----------
+        sequences : int64 [B, tokens]
+            What the last ``generate`` returned.
+
+        Returns
+        -------
+        list of int64 [n]
+        """
+        return [
+            sequences.new_tensor(released(report, response, self.monitor.policy))
+            for report, response in zip(self.reports, self.responses(sequences), strict=True)
+        ]
+
+    def responses(self, sequences: Tensor) -> list[list[int]]:
+        """Sampled ids of each row, up to the first that ends it."""
+        rows: list[list[int]] = sequences[:, self._prompt_mask.shape[1] :].tolist()
+        return [
+            row[: next((i for i, token in enumerate(row) if token in self._ends), len(row))]
+            for row in rows
+        ]
+
+    def _watched_generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._slots:
+            raise UnsupportedGenerationError("generate is running already under this attachment")
+        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
+        inputs = kwargs.get("inputs", kwargs.get("input_ids"))
+        config = check_generation(self.model, inputs, kwargs)
+        processors = kwargs.get("logits_processor") or [None]
+        if self.enforces and getattr(processors[-1], "attachment", None) is not self:
+            raise UnsupportedGenerationError(
+                "without this attachment's logits processor as the last, nothing would be halted; "
+                "pass logits_processor=[m.halting()], or attach with enforce=False to observe only"
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            # as generate infers it: pads are padding unless they could end a sequence
+            pad, mask = config.pad_token_id, torch.ones_like(inputs)
+            if pad is not None and pad not in end_tokens(config):
+                mask = (inputs != pad).long()
+        # Compiled decoding would keep the hooks' first answers; the monitor must run in every step.
+        set_option(kwargs, "disable_compile", True)
+        try:
+            self._begin(mask.repeat_interleave(config.num_return_sequences or 1, dim=0), config)
+            output = self._generate(**kwargs)
+            self._end(output if isinstance(output, Tensor) else output.sequences, config)
+            return output
+        except BaseException:
+            self.monitor.discard()
+            self._retire(["error"] * len(self._slots))
+            raise
+
+    def _begin(self, mask: Tensor, config: GenerationConfig) -> None:
+        """Admit one stream per row of ``mask`` [B, T], the attention mask of the prompts."""
+        rows, lengths = len(mask), mask.sum(dim=1).tolist()
+        if empty := [row for row, length in enumerate(lengths) if length == 0]:
+            raise UnsupportedGenerationError(f"the prompts of rows {empty} are empty")
+        if rows > self.monitor.free_slots:
+            raise UnsupportedGenerationError(
+                f"{rows} rows for {self.monitor.free_slots} free slots; build the monitor with "
+                "more slots, or generate smaller batches"
+            )
+        for length in lengths:
+            self._slots.append(
+                self.monitor.admit(f"stream-{self._streams}", int(length), self._tier)
+            )
+            self._streams += 1
+        self._ends = end_tokens(config)
+        self._index = torch.tensor(self._slots, device=self.monitor.device)
+        self._live = self._index.to(torch.int32)  # -1 once the row has ended
+        self._prompt_mask = mask.to(self.monitor.device).bool()
+        self._prefilled = False
+        self._passes = self._steps = 0
+
+    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._slots:
+            raise UnsupportedGenerationError(
+                "a forward pass outside of generate has no streams to put its rows under; use "
+                "midstream.engines.hf_score.score for given texts"
+            )
+        ids: Tensor = kwargs["input_ids"]
+        rows, tokens = self._prompt_mask.shape
+        fed = ids.shape[1] - tokens
+        if len(ids) != rows or (fed != 0 and not self._prefilled):
+            raise UnsupportedGenerationError(
+                f"a forward pass over {list(ids.shape)} tokens, the prompts are {[rows, tokens]}; "
+                "pass whole prompts and no cache that was filled before"
+            )
+        if self._prefilled:
+            for token in self._ends:
+                self._live.masked_fill_(ids[:, -1] == token, -1)
+        if self._prefilled and ids.shape[1] == 1:
+            self._row_slot, self._row_position = self._live, self._next
+            return
+        # The prompt; or, without a cache, everything so far once more: what was folded is ignored.
+        real = torch.nn.functional.pad(self._prompt_mask, (0, fed), value=True)
+        position = (real.cumsum(dim=1) - 1).to(torch.int32)
+        self._row_slot = torch.where(real, self._live[:, None], -1).flatten()
+        self._row_position = position.flatten()
+        self._next = position[:, -1].clone()
+        self._prefilled = True
+
+    def _after_forward(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.monitor.advance(self._row_slot, self._row_position)
+        self._next += 1
+        self._passes += 1
+
+    def _check_passes(self, expected: int) -> None:
+        if self._passes != expected:
+            raise UnsupportedGenerationError(
+                f"{self._passes} forward passes of the attached model in {expected} steps; attach "
+                "to the very module whose forward generate calls, and let nothing else call it"
+            )
+
+    def _end(self, sequences: Tensor, config: GenerationConfig) -> None:
+        prompt = self._prompt_mask.shape[1]
+        width = sequences.shape[1] - prompt
+        self._check_passes(width)
+        limit = config.max_new_tokens or (config.max_length or 0) - prompt
+        sampled = [len(response) for response in self.responses(sequences)]
+        start = self.monitor.slots.start[self._index].tolist()
+        folded = self.monitor.slots.position[self._index].tolist()
+        self._retire(
+            # shorter than it might be: by an end token, or by a stopping criterion
+            ["stop" if n < max(limit, width) else "length" for n in sampled],
+            [s + n - f for s, n, f in zip(start, sampled, folded, strict=True)],
+        )
+
+    def _retire(self, reasons: list[str], never_fed: list[int] | None = None) -> None:
+        self.reports = [
+            self.monitor.retire(slot, reason, never_fed=unfed)
+            for slot, reason, unfed in zip(
+                self._slots, reasons, never_fed or [0] * len(reasons), strict=True
+            )
+        ]
+        self._slots = []

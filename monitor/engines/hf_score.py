@@ -1,0 +1,161 @@
+"""transformers: score given texts, teacher-forced, at the speed of a prefill.
+
+Decoders and encoders alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import torch
+from tokenizers import Encoding
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from midstream.bundle import Fingerprint
+from midstream.engines.hf_checks import UnsupportedGenerationError, check_unwatched, window
+from midstream.monitor import Monitor
+from midstream.streams import StreamReport
+from midstream.taps import attach_taps
+
+_UNLIMITED = 1 << 24  # a tokenizer that knows no limit names a huge one
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A scored text.
+
+    Attributes
+    ----------
+    report : StreamReport
+        Its ``trace`` has one entry per token in ``offsets``.
+    offsets : list of (start, end)
+        Characters of the text that each scored token covers. Special tokens are not scored.
+    """
+
+    report: StreamReport
+    offsets: list[tuple[int, int]]
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    monitor: Monitor,
+    *,
+    batch_size: int = 16,
+    tier: str | None = None,
+) -> Iterator[TextScore]:
+    """Score every token of each text as if the model had just generated it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder or a BERT-like encoder.
+    tokenizer : transformers.PreTrainedTokenizerFast
+    texts : iterable of str
+        Read lazily, ``batch_size`` at a time.
+    monitor : Monitor
+        Needs ``batch_size`` free slots, and a ``trace`` as long as the longest text. Without
+        ``batch_size`` slots the batches are smaller.
+    tier : str, optional
+
+    Yields
+    ------
+    TextScore
+        In the order of the texts. Tokens beyond the model's window are counted in
+        ``report.unscored``.
+
+    Raises
+    ------
+    UnsupportedGenerationError
+        For a text without any token.
+    WrongModelError
+        When the monitor's bundle was made for another model.
+    """
+    monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
+    names = (f"text-{i}" for i in count())
+    pending = iter(texts)
+    while batch := list(islice(pending, min(batch_size, max(1, monitor.free_slots)))):
+        yield from _score_batch(model, tokenizer, batch, names, monitor, tier)
+
+
+def _score_batch(
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    names: Iterator[str],
+    monitor: Monitor,
+    tier: str | None,
+) -> list[TextScore]:
+    body = getattr(model, model.base_model_prefix, model)  # the logits are not needed
+    encodings = _encode(body, tokenizer, texts)
+    offsets = [_spans(encoding) for encoding in encodings]
+    for text, spans in zip(texts, offsets, strict=True):
+        if not spans:
+            raise UnsupportedGenerationError(
+                f"the text {text!r} has no token to score; leave it out"
+            )
+        if len(spans) > (kept := monitor.slots.trace_position.shape[1]):
+            raise UnsupportedGenerationError(
+                f"a text has {len(spans)} tokens, the monitor keeps {kept}; build it with "
+                f"trace={len(spans)}"
+            )
+    check_unwatched(model)
+    slots: list[int] = []
+    # Only now: between two batches the reader may do what it likes with model and monitor.
+    with monitor.exclusive(), attach_taps(model, monitor.bank.taps, monitor.observe):
+        try:
+            for _, name in zip(texts, names, strict=False):
+                slots.append(monitor.admit(name, 0, tier))
+            _forward(body, encodings, monitor, slots)
+        finally:
+            monitor.discard()
+            reports = [
+                monitor.retire(slot, never_fed=sum(len(_spans(cut)) for cut in text.overflowing))
+                for slot, text in zip(slots, encodings, strict=False)
+            ]
+    return [TextScore(report, spans) for report, spans in zip(reports, offsets, strict=True)]
+
+
+def _encode(body: Any, tokenizer: Any, texts: list[str]) -> list[Encoding]:
+    """Tokenise; what the window cuts off is in ``overflowing``."""
+    longest = min(window(body) or _UNLIMITED, tokenizer.model_max_length)
+    options = {"truncation": True, "max_length": longest} if longest < _UNLIMITED else {}
+    encodings: list[Encoding] | None = tokenizer(texts, **options).encodings
+    if encodings is None:
+        raise UnsupportedGenerationError(
+            f"{type(tokenizer).__name__} does not tell which characters a token covers; "
+            "use a PreTrainedTokenizerFast"
+        )
+    return encodings
+
+
+def _spans(encoding: Encoding) -> list[tuple[int, int]]:
+    """Characters of every token but the special ones."""
+    tokens = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    return [span for span, special in tokens if not special]
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    """Pad on the right with 0, where neither causal attention nor absolute positions notice."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+@torch.inference_mode()
+def _forward(body: Any, encodings: list[Encoding], monitor: Monitor, slots: list[int]) -> None:
+    ids = _padded([e.ids for e in encodings]).to(body.device)
+    present = _padded([[1] * len(e.ids) for e in encodings]).to(body.device)
+    real = _padded([[1 - special for special in e.special_tokens_mask] for e in encodings]).bool()
+    cacheless = "use_cache" in inspect.signature(body.forward).parameters
+    body(input_ids=ids, attention_mask=present, **({"use_cache": False} if cacheless else {}))
+    slot = torch.where(real, torch.tensor(slots)[:, None], -1)
+    position = real.cumsum(dim=1) - 1
+    monitor.advance(
+        slot.flatten().to(monitor.device, torch.int32),
+        position.flatten().to(monitor.device, torch.int32),
+    )

@@ -1,0 +1,253 @@
+"""transformers: one watched stream, as an iterator of events with the text that may leave."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from midstream.engines.hf import Attachment, HaltingProcessor
+from midstream.engines.hf_checks import (
+    UnsupportedGenerationError,
+    check_window,
+    set_option,
+    window,
+)
+from midstream.kernels.tables import Verdict
+from midstream.monitor import Monitor
+from midstream.streams import Event, Session
+
+Prompt = str | Sequence[Mapping[str, str]]
+
+_AHEAD = 16  # events the model may run ahead of a slow reader
+
+
+class _ReaderGone(BaseException):
+    """Raised inside generate when nobody reads the stream any more."""
+
+
+def encode(model: Any, tokenizer: Any, prompt: Prompt) -> Tensor:
+    """Return the ids [1, T] of a prompt: text, or chat messages through the tokenizer's template.
+
+    Raises
+    ------
+    UnsupportedGenerationError
+        When there is no token in it.
+    """
+    empty = UnsupportedGenerationError("the prompt is empty; give at least one token")
+    if not prompt:
+        raise empty
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    if ids.shape[1] == 0:
+        raise empty
+    return torch.as_tensor(ids, dtype=torch.long, device=model.device)
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    monitor: Monitor,
+    *,
+    max_new_tokens: int = 256,
+    tier: str | None = None,
+    enforce: bool = True,
+    **generate_options: Any,
+) -> Iterator[Event]:
+    """Generate a response and yield its events as they happen.
+
+    ``released`` events carry the text that may leave, in order; a halted stream ends with
+    ``halted`` and ``finished``, every other with ``finished``, whose ``report`` is the stream's.
+    Where plain ``generate`` would stop at ``max_new_tokens`` the last token is fed once more, so
+    that it is scored like all others; only a stopping criterion leaves its last token unscored.
+
+    The model writes in a thread of its own, at most some events ahead of the reader. Closing the
+    iterator stops it and frees its slot. A model and a monitor serve one stream at a time; a second
+    one is refused.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerFast
+    prompt : str or list of chat messages
+    monitor : Monitor
+        Needs one free slot.
+    max_new_tokens : int
+        Fewer where the model's window ends before.
+    tier : str, optional
+    enforce : bool
+        False only observes: the text leaves as if every verdict were CONTINUE.
+    generate_options
+        Passed on to ``model.generate``: do_sample, temperature, top_p, ... More logits processors
+        come before the monitor's own.
+
+    Yields
+    ------
+    Event
+
+    Raises
+    ------
+    UnsupportedGenerationError
+        For an empty prompt, or options that cannot be watched.
+    WrongModelError
+        When the monitor's bundle was made for another model.
+    MonitorInUseError
+        When the monitor serves another stream.
+    """
+    if max_new_tokens < 1:
+        raise UnsupportedGenerationError(
+            f"max_new_tokens: expected at least 1, got {max_new_tokens}"
+        )
+    input_ids = encode(model, tokenizer, prompt)
+    check_window(model, input_ids.shape[1])
+    room = window(model)
+    if room is not None:
+        max_new_tokens = min(max_new_tokens, room - input_ids.shape[1])
+    attachment = Attachment(monitor, model, tokenizer, tier=tier, enforce=enforce)
+    front = _Front(attachment, tokenizer, input_ids.shape[1] + max_new_tokens)
+    generate_options["logits_processor"] = [
+        *generate_options.get("logits_processor", ()),
+        front,
+    ]
+    # one step more than asked for, in which the last token is fed and scored
+    set_option(generate_options, "max_new_tokens", max_new_tokens + 1)
+
+    def generate() -> None:
+        try:
+            with attachment:
+                output = model.generate(
+                    input_ids, attention_mask=torch.ones_like(input_ids), **generate_options
+                )
+            front.finish(output if isinstance(output, Tensor) else output.sequences)
+        except _ReaderGone:
+            pass
+        except BaseException as error:  # the reader's thread raises it
+            with suppress(_ReaderGone):
+                front.put(error)
+
+    worker = threading.Thread(target=generate, name="midstream-generate", daemon=True)
+    worker.start()
+    try:
+        while (item := front.events.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        front.reader_gone.set()
+        worker.join()
+
+
+class _Front(LogitsProcessor):
+    """Sits where generate asks before each sample: lets tokens go, ends the stream when it must.
+
+    Parameters
+    ----------
+    attachment : Attachment
+    tokenizer : transformers.PreTrainedTokenizerFast
+    longest : int
+        Tokens, the prompt's included, at which the stream ends.
+    """
+
+    def __init__(self, attachment: Attachment, tokenizer: Any, longest: int) -> None:
+        self.attachment = attachment  # how Attachment recognises its own processor
+        self.events: queue.Queue[Event | BaseException | None] = queue.Queue(maxsize=_AHEAD)
+        self.reader_gone = threading.Event()
+        self._halting = HaltingProcessor(attachment)
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._longest = longest
+        self._released: list[int] = []
+        self._shown = 0  # characters
+        self._length = 0
+        self._session: Session[int] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.reader_gone.is_set():
+            raise _ReaderGone
+        if len(self.attachment.slots) != 1:
+            raise UnsupportedGenerationError(
+                "one stream is one sequence; leave num_return_sequences out, or use "
+                "monitor.attach and generate"
+            )
+        monitor, slot = self.attachment.monitor, self.attachment.slots[0]
+        self._length = input_ids.shape[1]
+        position = self._length - 1
+        if self._session is None:
+            self._session = monitor.session(slot)
+            self.put(self._session.event("admitted", position=0))
+        else:
+            self._session.push(position, int(input_ids[0, -1]))
+        scores = self._halting(input_ids, scores)
+        table = monitor.slots
+        verdict = Verdict(int(table.verdict[slot]))
+        risk = float(table.risk[slot])
+        cause = monitor.cause_name(int(table.cause[slot]))
+        allowed = verdict if self.attachment.enforces else Verdict.CONTINUE
+        tokens, events = self._session.judge(position, allowed, risk, cause)
+        self._release(tokens, position, risk)
+        for event in events:
+            self.put(event)
+        if self._length >= self._longest:
+            everyone = torch.ones(1, dtype=torch.bool, device=scores.device)
+            return self._halting.end(everyone, scores)
+        return scores
+
+    def finish(self, sequences: Tensor) -> None:
+        """Let go what may still leave, and close the stream."""
+        assert self._session is not None
+        report = self.attachment.reports[0]
+        # What a stopping criterion left unfed.
+        unfed = self.attachment.responses(sequences)[0][self._length - report.prompt_tokens :]
+        for position, token in enumerate(unfed, start=self._length):
+            self._session.push(position, token)
+        self._release(self._session.finish(), None, report.risk)
+        # The decoder waits for the rest of a character that was cut short.
+        whole = self._tokenizer.backend_tokenizer.decode(self._released)
+        self._show(whole[self._shown :], None, report.risk)
+        if self._length >= self._longest and report.finish_reason == "stop":
+            report = report.model_copy(update={"finish_reason": "length"})
+        self.put(
+            self._session.event(
+                "finished",
+                risk=report.risk,
+                verdict=report.verdict,
+                cause=report.cause,
+                message=report.finish_reason,
+                report=report,
+            )
+        )
+        self.put(None)
+
+    def put(self, item: Event | BaseException | None) -> None:
+        """Queue an item for the reader; stop the generation when nobody reads any more."""
+        while not self.reader_gone.is_set():
+            try:
+                self.events.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+        raise _ReaderGone
+
+    def _release(self, tokens: list[int], position: int | None, risk: float) -> None:
+        backend = self._tokenizer.backend_tokenizer
+        self._released += tokens
+        pieces = [self._decoder.step(backend, token) for token in tokens]
+        self._show("".join(piece for piece in pieces if piece), position, risk)
+
+    def _show(self, text: str, position: int | None, risk: float) -> None:
+        assert self._session is not None
+        self._shown += len(text)
+        if text:
+            self.put(self._session.event("released", position=position, risk=risk, text=text))

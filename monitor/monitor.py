@@ -1,0 +1,324 @@
+"""The one object an engine talks to: bank + chain + policy + slot table.
+
+An engine adapter calls, in this order: :meth:`Monitor.admit` once per stream; in every forward pass
+:meth:`Monitor.observe` at each tapped layer and then :meth:`Monitor.advance`;
+:meth:`Monitor.retire` when the stream ends. ``observe`` and ``advance`` launch one kernel each,
+read nothing back, and allocate nothing once the row buffer is large enough
+(:meth:`Monitor.reserve`); the verdicts are in ``monitor.slots.verdict``, on the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from midstream.bundle import Bundle
+from midstream.kernels import ops
+from midstream.kernels.tables import NO_CAUSE, UNSCORED_CAUSE, SlotTable, Verdict
+from midstream.policy import ANSWER, TierName
+from midstream.streams import Session, StreamReport, Trace
+from midstream.taps import Tap
+
+if TYPE_CHECKING:
+    from midstream.engines.hf import Attachment
+
+
+class NoFreeSlotError(RuntimeError):
+    """All slots are taken: the stream must wait, or the monitor needs more slots."""
+
+
+class MonitorInUseError(RuntimeError):
+    """Two engines want the same monitor at once; each needs its own, from the same bundle."""
+
+
+class RowError(ValueError):
+    """Rows that do not fit the monitor: an unknown tap, taps that disagree on how many there are."""
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    stream: str
+    tier: TierName
+    prompt_tokens: int
+
+
+class Monitor:
+    """Watches up to ``slots`` streams at the same time.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Probes, chain, policy, and the model they were made for.
+    slots : int
+        Streams that can be watched at once. Memory is linear in it: ``slots *
+        SlotTable.bytes_per_slot(...)``.
+    rows : int
+        Rows of one forward pass that fit without growing the logits buffer.
+    trace : int
+        Tokens of per-token record kept per slot for the report; 0 keeps none.
+    device : torch.device or str
+        Where the residual streams are.
+    backend : str, optional
+        A name of :func:`midstream.kernels.ops.capabilities`; chosen for the device when not given.
+    """
+
+    @torch.inference_mode(False)  # tensors made under it could not be written to outside of it
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        slots: int = 64,
+        rows: int = 256,
+        trace: int = 1024,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots: expected at least 1, got {slots}")
+        self.bundle = bundle
+        self.bank, self.chain, self.policy = bundle.bank, bundle.chain, bundle.policy
+        self.device = torch.device(device)
+        self.backend = ops.Backend(self.device, backend)
+        self.slots = SlotTable.allocate(
+            slots,
+            len(self.bank.names),
+            self.chain.states,
+            window=self.bank.window,
+            trace=trace,
+            device=self.device,
+        )
+        self._chain = self.chain.table(self.device)
+        self._score = {
+            tap: self.backend.bind_score(
+                self.bank.weight(tap).to(self.device),
+                self.bank.bias(tap).to(self.device),
+                rms_norm=self.bank.norm(tap) == "rms",
+                eps=self.bank.eps(tap),
+            )
+            for tap in self.bank.taps
+        }
+        self._advance = self.backend.bind_advance(
+            self.slots,
+            self.bank.evidence_table(self.device),
+            self._chain,
+            self.policy.table(self.chain, self.device),
+        )
+        self._free = list(range(slots - 1, -1, -1))
+        self._admitted: dict[int, _Admitted] = {}
+        self._user = threading.Lock()
+        self._rows = 0
+        self._observed = False  # some tap was, since the last advance
+        self._logits = torch.empty(0)
+        self._outs: dict[Tap, Tensor] = {}
+        self.reserve(rows)
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, **options: Any) -> Monitor:
+        """Load a bundle folder and build its monitor; ``options`` are those of the constructor.
+
+        Raises
+        ------
+        BundleError
+            When the folder is incomplete, was changed, or is of a newer schema.
+        """
+        return cls(Bundle.load(path), **options)
+
+    @property
+    def free_slots(self) -> int:
+        """Streams that can still be admitted."""
+        return len(self._free)
+
+    @torch.inference_mode(False)
+    def reserve(self, rows: int) -> None:
+        """Make room for ``rows`` rows per forward pass.
+
+        Call it before capturing a CUDA graph, since it allocates.
+        """
+        self._logits = torch.full((rows, len(self.bank.names)), torch.nan, device=self.device)
+        self._observed = False
+        self._set_rows(0)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other engines away: rows of two forward passes at once would mix.
+
+        Raises
+        ------
+        MonitorInUseError
+        """
+        if not self._user.acquire(blocking=False):
+            raise MonitorInUseError(
+                "the monitor is in use: leave its other attachment, stream or scoring first, or "
+                "build another monitor from the same bundle"
+            )
+        try:
+            yield
+        finally:
+            self._user.release()
+
+    def admit(self, stream: str, prompt_tokens: int, tier: str | None = None) -> int:
+        """Give a stream a slot, re-initialised completely.
+
+        Parameters
+        ----------
+        stream : str
+            The caller's name for it; it labels every report and event.
+        prompt_tokens : int
+            Tokens before the first one to be generated. 0 scores a given text from its first token.
+        tier : str, optional
+            Strictness asked for by the request.
+
+        Returns
+        -------
+        int
+            The slot, to be put beside every row of this stream.
+
+        Raises
+        ------
+        NoFreeSlotError
+        PolicyError
+            For an unknown tier or one looser than the policy allows.
+        """
+        if prompt_tokens < 0:
+            raise ValueError(f"prompt_tokens: expected 0 or more, got {prompt_tokens}")
+        chosen = self.policy.tier_for(tier)
+        if not self._free:
+            raise NoFreeSlotError(
+                f"stream {stream!r}: all {len(self._admitted)} slots are taken; retire streams, queue this one, "
+                "or build the monitor with more slots"
+            )
+        slot = self._free.pop()
+        self.slots.admit(
+            slot,
+            start=prompt_tokens,
+            policy=self.policy.row(chosen),
+            prior=self._chain.prior,
+        )
+        self._admitted[slot] = _Admitted(stream, chosen, prompt_tokens)
+        return slot
+
+    def enter_segment(self, slot: int, segment: str = ANSWER) -> None:
+        """Judge the stream's next tokens by the thresholds of ``segment``."""
+        self.slots.policy[slot] = self.policy.row(self._stream(slot).tier, segment)
+
+    def observe(self, tap: Tap, hidden: Tensor) -> None:
+        """Score the rows of this forward pass at one tap.
+
+        Parameters
+        ----------
+        tap : Tap
+        hidden : bf16, fp16 or fp32 [..., d]
+            The residual stream; leading dimensions are flattened into N rows, the same at each tap.
+        """
+        out = self._outs.get(tap)
+        if out is None:
+            raise RowError(
+                f"no probe reads {tap}; the bank's taps are {', '.join(map(str, self.bank.taps))}"
+            )
+        rows = hidden.numel() // hidden.shape[-1]
+        if rows != self._rows:
+            if self._observed:
+                raise RowError(f"{rows} rows at {tap}, {self._rows} at the taps before it")
+            self._set_rows(rows)
+            out = self._outs[tap]
+        self._observed = True
+        self._score[tap](hidden.reshape(rows, -1), out)
+
+    def discard(self) -> None:
+        """Forget the rows observed since the last :meth:`advance`: their forward pass failed."""
+        self._logits.fill_(torch.nan)
+        self._observed = False
+
+    def advance(self, slot: Tensor, position: Tensor) -> None:
+        """Fold the rows scored by :meth:`observe` into their streams.
+
+        A tap that was not observed since the last call leaves its rows unscored, never stale.
+
+        Parameters
+        ----------
+        slot : int32 [N]
+            Slot per row, -1 for padding. Rows of one stream stand in order.
+        position : int32 [N]
+            The token's position in its stream, counted from the start of the prompt.
+        """
+        rows = slot.shape[0]
+        if rows != self._rows:
+            if self._observed:
+                raise RowError(f"{rows} slots for the {self._rows} rows that were observed")
+            self._set_rows(rows)
+        self._advance(self._logits[:rows], slot, position)
+        self._observed = False
+
+    def session(self, slot: int) -> Session[Any]:
+        """Return a new front end for the stream in ``slot``: phase, hold-back and events."""
+        return Session(self._stream(slot).stream, self.policy, self.bundle.hash)
+
+    def cause_name(self, cause: int) -> str | None:
+        """Name of a ``cause`` of the slot table: a probe, ``"unscored"``, or None."""
+        if cause == NO_CAUSE:
+            return None
+        return "unscored" if cause == UNSCORED_CAUSE else self.bank.names[cause]
+
+    def trace(self, slot: int) -> Trace:
+        """Return the record of a stream, as far as it is kept. Reads from the device."""
+        self._stream(slot)
+        return Trace.read(self.slots, slot, self.bank.names)
+
+    def retire(self, slot: int, finish_reason: str = "stop", *, never_fed: int = 0) -> StreamReport:
+        """Free a slot and return what it knew. Reads from the device.
+
+        Parameters
+        ----------
+        finish_reason : str
+            Why the engine ended the stream; a halted stream reports the policy's reason instead.
+        never_fed : int
+            Response tokens that were sampled but never fed, hence never scored; as a rule the last.
+        """
+        admitted = self._stream(slot)
+        slots = self.slots
+        verdict = Verdict(int(slots.verdict[slot]))
+        halted_at = int(slots.halted_at[slot])
+        if verdict == Verdict.HALT:
+            finish_reason = self.policy.on_halt.finish_reason
+        report = StreamReport(
+            stream=admitted.stream,
+            bundle=self.bundle.hash,
+            tier=admitted.tier,
+            prompt_tokens=admitted.prompt_tokens,
+            scored=int(slots.scored[slot]),
+            unscored=int(slots.unscored[slot]) + never_fed,
+            verdict=verdict.name,
+            cause=self.cause_name(int(slots.cause[slot])),
+            halted_at=halted_at if halted_at >= 0 else None,
+            risk=float(slots.risk[slot]),
+            peak=float(slots.peak[slot]),
+            finish_reason=finish_reason,
+            trace=self.trace(slot),
+        )
+        del self._admitted[slot]
+        self._free.append(slot)
+        return report
+
+    def attach(self, model: Any, tokenizer: Any = None, **options: Any) -> Attachment:
+        """Watch a transformers model; see :class:`midstream.engines.hf.Attachment`."""
+        from midstream.engines.hf import Attachment
+
+        return Attachment(self, model, tokenizer, **options)
+
+    def _stream(self, slot: int) -> _Admitted:
+        if slot not in self._admitted:
+            raise KeyError(f"slot {slot} holds no stream; admitted are {sorted(self._admitted)}")
+        return self._admitted[slot]
+
+    def _set_rows(self, rows: int) -> None:
+        if rows > self._logits.shape[0]:
+            self.reserve(rows)
+        self._rows = rows
+        self._outs = {tap: self._logits[:rows, self.bank.columns(tap)] for tap in self.bank.taps}
