@@ -1,0 +1,1 @@
+"""From labelled text to probes. Produces bundles; never imported at serving time."""

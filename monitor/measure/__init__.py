@@ -1,0 +1,1 @@
+"""What a monitor is worth: figures over labelled streams."""

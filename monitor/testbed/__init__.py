@@ -1,0 +1,110 @@
+"""A small language whose harm process is known exactly, its model and its Bayes oracle.
+
+>>> from midstream import testbed
+>>> model, tokenizer = testbed.load()
+>>> prompts = [testbed.sample_prompt(0, i) for i in range(4)]
+>>> responses = testbed.generate_responses(model, prompts, seed=0)
+>>> labels = [testbed.label(p, r) for p, r in zip(prompts, responses)]
+>>> readings = testbed.Oracle().read(prompts, responses, horizons=(0, 24))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .baseline import BagOfWords, bag_of_words
+from .grammar import EOS_ID, STATES, VOCABULARY, describe
+from .language import (
+    Dialogue,
+    Labels,
+    Prompt,
+    horizon_labels,
+    label,
+    read_prompt,
+    sample_dialogue,
+    sample_dialogues,
+    sample_prompt,
+    text_of,
+    violating_index,
+    write_corpus,
+)
+from .oracle import Oracle, Reading
+
+if TYPE_CHECKING:
+    from .generate import generate_responses
+    from .train import build_model
+
+#: The model that ships with the package.
+MODEL_DIR = Path(__file__).parent / "model"
+
+__all__ = [
+    "EOS_ID",
+    "MODEL_DIR",
+    "STATES",
+    "VOCABULARY",
+    "BagOfWords",
+    "Dialogue",
+    "Labels",
+    "Oracle",
+    "Prompt",
+    "Reading",
+    "bag_of_words",
+    "build_model",
+    "describe",
+    "generate_responses",
+    "horizon_labels",
+    "label",
+    "load",
+    "read_prompt",
+    "sample_dialogue",
+    "sample_dialogues",
+    "sample_prompt",
+    "text_of",
+    "violating_index",
+    "write_corpus",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; the language and the oracle need neither.
+    if name == "build_model":
+        from .train import build_model
+
+        return build_model
+    if name == "generate_responses":
+        from .generate import generate_responses
+
+        return generate_responses
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load(folder: str | Path = MODEL_DIR) -> tuple[Any, Any]:
+    """The testbed's model and tokenizer, from a folder on disk, never from the network.
+
+    Parameters
+    ----------
+    folder : path
+        Where `build_model` wrote them; by default the ones in the package.
+
+    Returns
+    -------
+    model : LlamaForCausalLM
+        In evaluation mode, fp32, on the CPU.
+    tokenizer : PreTrainedTokenizerFast
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no model; the message says how to build one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"no testbed model in {folder}; build it with: midstream testbed build --out {folder}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer

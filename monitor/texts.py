@@ -1,0 +1,126 @@
+"""Texts in and scores out, for the command line: JSONL and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from midstream.engines.hf_score import TextScore
+
+STDIO = Path("-")
+
+
+class TextInputError(ValueError):
+    """A line of input without a text; the message names file, line and key."""
+
+
+def read(path: Path, field: str) -> Iterator[dict[str, Any]]:
+    """Read records from JSONL, or from CSV when the name ends so; ``-`` is standard input.
+
+    Raises
+    ------
+    TextInputError
+        For a line that is no JSON object, or one without a text under ``field``.
+    """
+    with _open(path) as stream:
+        if path.suffix == ".csv":
+            rows: Iterator[tuple[int, Any]] = enumerate(csv.DictReader(stream), start=2)
+        else:
+            rows = ((n, _parse(line, path, n)) for n, line in enumerate(stream, 1) if line.strip())
+        for number, row in rows:
+            text = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise TextInputError(
+                    f"{path}, line {number}: no text under {field!r}; give --field, or fix the line"
+                )
+            yield row
+
+
+def read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a plain text file.
+
+    Raises
+    ------
+    TextInputError
+        When there is none.
+    """
+    with _open(path) as stream:
+        lines = [line.rstrip("\n") for line in stream if line.strip()]
+    if not lines:
+        raise TextInputError(f"{path}: no text in it")
+    return lines
+
+
+@contextmanager
+def writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Open a JSONL file for writing; yields a function that writes one record."""
+    with open(path, "w", encoding="utf-8") if path != STDIO else _borrowed(sys.stdout) as stream:
+
+        def write(record: dict[str, Any]) -> None:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+def scored_record(record: dict[str, Any], scored: TextScore) -> dict[str, Any]:
+    """Extend an input record by its scores.
+
+    ``tokens`` has one object per scored token: character span, risk, verdict, and logit by probe.
+    """
+    report, trace = scored.report, scored.report.trace
+    tokens = [
+        {
+            "start": start,
+            "end": end,
+            "risk": trace.risk[i],
+            "verdict": trace.verdict[i],
+            "scores": {name: values[i] for name, values in trace.scores.items()},
+        }
+        for i, (start, end) in enumerate(scored.offsets)
+    ]
+    return {
+        **record,
+        "verdict": report.verdict,
+        "halted_at": report.halted_at,
+        "cause": report.cause,
+        "peak": report.peak,
+        "scored": report.scored,
+        "unscored": report.unscored,
+        "tokens": tokens,
+    }
+
+
+def pieces(text: str, scored: TextScore) -> Iterator[tuple[str, float | None]]:
+    """Cut a text into its tokens, each with its risk; what lies between them has none."""
+    done = 0
+    for (start, end), risk in zip(scored.offsets, scored.report.trace.risk, strict=True):
+        if start > done:
+            yield text[done:start], None
+        yield text[max(start, done) : end], risk
+        done = max(done, end)
+    yield text[done:], None
+
+
+def _parse(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TextInputError(f"{path}, line {number}: not JSON: {error}") from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[str]]:
+    with (
+        open(path, encoding="utf-8", newline="") if path != STDIO else _borrowed(sys.stdin)
+    ) as stream:
+        yield stream
+
+
+@contextmanager
+def _borrowed(stream: IO[str]) -> Iterator[IO[str]]:
+    yield stream
