@@ -101,7 +101,9 @@ def fit(
     hidden = residuals(encoder, [text["input_ids"] for text in encoded], [tap])[tap]
     real = [~np.array(text["special_tokens_mask"], dtype=bool) for text in encoded]
     labels = [
-        token_labels(comment, [o for o, keep in zip(text["offset_mapping"], kept, strict=True) if keep])
+        token_labels(
+            comment, [o for o, keep in zip(text["offset_mapping"], kept, strict=True) if keep]
+        )
         for comment, text, kept in zip(data, encoded, real, strict=True)
     ]
     rows = [states[kept] for states, kept in zip(hidden, real, strict=True)]

@@ -369,6 +369,7 @@ def bind_advance(
                 BLOCK_PROMPT_EDGES=launch.block_prompt_edges,
                 BLOCK_WINDOW=launch.block_window,
                 num_warps=launch.num_warps,
+                enable_fp_fusion=True,  # Triton 3.10 turns its default; bits must not follow
             )
 
     return advance

@@ -86,6 +86,7 @@ def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> B
                 BLOCK_PROBES=launch.block_probes,
                 BLOCK_WIDTH=launch.block_width,
                 num_warps=launch.num_warps,
+                enable_fp_fusion=True,  # Triton 3.10 turns its default; bits must not follow
             )
 
     return score

@@ -110,7 +110,7 @@ def demo(
         cost = job.overheads(model, bundle, progress=progress)
     figures = job.figures(run, backend=monitor.backend.name, overhead=cost)
     if plot is not None:
-        threshold = bundle.policy.tiers[job.MODES["forecast"]].halt_at
+        threshold = bundle.policy.tiers[bundle.policy.tier_for(job.MODES["forecast"])].halt_at
         plots.risk_curves(job.examples(run, threshold), plot)
     if json_:
         print(json.dumps(figures, indent=2))
@@ -192,8 +192,8 @@ def watch(
             console.print(f"{message['role']}: {message['content']}", style="dim", markup=False)
         report = show_stream(console, "assistant", events)
         halted = report.halted_at is not None and not observe
-        if halted and (message := ours.policy.on_halt.message):
-            console.print(message, style="italic", markup=False)
+        if halted and (told := ours.policy.on_halt.message):
+            console.print(told, style="italic", markup=False)
     if halted:
         raise typer.Exit(HALTED)
 
@@ -240,6 +240,8 @@ def inspect(
 ) -> None:
     """Show what is in a bundle: its model, probes, chain, policy and where they come from."""
     from midstream.bundle import Bundle
+    from midstream.kernels.tables import SlotTable
+    from midstream.monitor import DEFAULT_TRACE
     from midstream.show import inspect_table
 
     loaded = Bundle.load(bundle)
@@ -260,6 +262,9 @@ def inspect(
         "chain": {"states": loaded.chain.states, "bins": len(loaded.chain.edges) + 1},
         "policy": loaded.policy.model_dump(mode="json", exclude_none=True),
         "notes": dict(loaded.notes),
+        "bytes_per_slot": SlotTable.bytes_per_slot(
+            len(loaded.bank.names), loaded.chain.states, loaded.bank.window, DEFAULT_TRACE
+        ),
     }
     if json_:
         print(json.dumps(summary, indent=2))

@@ -29,17 +29,20 @@ from midstream.taps import Tap
 if TYPE_CHECKING:
     from midstream.engines.hf import Attachment
 
+DEFAULT_TRACE = 1024
+"""Tokens of per-token record kept per slot when nothing else is asked for."""
+
 
 class NoFreeSlotError(RuntimeError):
     """All slots are taken: the stream must wait, or the monitor needs more slots."""
 
 
 class MonitorInUseError(RuntimeError):
-    """Two engines want the same monitor at once; each needs its own, from the same bundle."""
+    """Two engines want one monitor at the same time."""
 
 
 class RowError(ValueError):
-    """Rows that do not fit the monitor: an unknown tap, taps that disagree on how many there are."""
+    """Rows that do not fit: of an unknown tap, or more or fewer than at the taps before."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Monitor:
         *,
         slots: int = 64,
         rows: int = 256,
-        trace: int = 1024,
+        trace: int = DEFAULT_TRACE,
         device: torch.device | str = "cpu",
         backend: str | None = None,
     ) -> None:
@@ -95,39 +98,27 @@ class Monitor:
             device=self.device,
         )
         self._chain = self.chain.table(self.device)
+        bank = self.bank.to(self.device)
         self._score = {
-            tap: self.backend.bind_score(
-                self.bank.weight(tap).to(self.device),
-                self.bank.bias(tap).to(self.device),
-                rms_norm=self.bank.norm(tap) == "rms",
-                eps=self.bank.eps(tap),
+            t: self.backend.bind_score(
+                bank.weight(t), bank.bias(t), rms_norm=bank.norm(t) == "rms", eps=bank.eps(t)
             )
-            for tap in self.bank.taps
+            for t in bank.taps
         }
         self._advance = self.backend.bind_advance(
             self.slots,
-            self.bank.evidence_table(self.device),
+            bank.evidence_table(self.device),
             self._chain,
             self.policy.table(self.chain, self.device),
         )
         self._free = list(range(slots - 1, -1, -1))
         self._admitted: dict[int, _Admitted] = {}
         self._user = threading.Lock()
-        self._rows = 0
-        self._observed = False  # some tap was, since the last advance
-        self._logits = torch.empty(0)
-        self._outs: dict[Tap, Tensor] = {}
         self.reserve(rows)
 
     @classmethod
     def from_bundle(cls, path: str | Path, **options: Any) -> Monitor:
-        """Load a bundle folder and build its monitor; ``options`` are those of the constructor.
-
-        Raises
-        ------
-        BundleError
-            When the folder is incomplete, was changed, or is of a newer schema.
-        """
+        """Build the monitor of a bundle folder (see `Bundle.load`); ``options`` as above."""
         return cls(Bundle.load(path), **options)
 
     @property
@@ -137,22 +128,14 @@ class Monitor:
 
     @torch.inference_mode(False)
     def reserve(self, rows: int) -> None:
-        """Make room for ``rows`` rows per forward pass.
-
-        Call it before capturing a CUDA graph, since it allocates.
-        """
+        """Make room for ``rows`` rows per pass; allocates, so not while a graph is captured."""
         self._logits = torch.full((rows, len(self.bank.names)), torch.nan, device=self.device)
-        self._observed = False
+        self._observed = False  # whether some tap was, since the last advance
         self._set_rows(0)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep other engines away: rows of two forward passes at once would mix.
-
-        Raises
-        ------
-        MonitorInUseError
-        """
+        """Keep other engines away, or raise MonitorInUseError: rows of two passes would mix."""
         if not self._user.acquire(blocking=False):
             raise MonitorInUseError(
                 "the monitor is in use: leave its other attachment, stream or scoring first, or "
@@ -169,7 +152,7 @@ class Monitor:
         Parameters
         ----------
         stream : str
-            The caller's name for it; it labels every report and event.
+            Labels its report and events.
         prompt_tokens : int
             Tokens before the first one to be generated. 0 scores a given text from its first token.
         tier : str, optional
@@ -191,16 +174,12 @@ class Monitor:
         chosen = self.policy.tier_for(tier)
         if not self._free:
             raise NoFreeSlotError(
-                f"stream {stream!r}: all {len(self._admitted)} slots are taken; retire streams, queue this one, "
-                "or build the monitor with more slots"
+                f"stream {stream!r}: all {len(self._admitted)} slots are taken; retire streams, "
+                "queue this one, or build the monitor with more slots"
             )
         slot = self._free.pop()
-        self.slots.admit(
-            slot,
-            start=prompt_tokens,
-            policy=self.policy.row(chosen),
-            prior=self._chain.prior,
-        )
+        row = self.policy.row(chosen)
+        self.slots.admit(slot, start=prompt_tokens, policy=row, prior=self._chain.prior)
         self._admitted[slot] = _Admitted(stream, chosen, prompt_tokens)
         return slot
 
@@ -211,11 +190,8 @@ class Monitor:
     def observe(self, tap: Tap, hidden: Tensor) -> None:
         """Score the rows of this forward pass at one tap.
 
-        Parameters
-        ----------
-        tap : Tap
-        hidden : bf16, fp16 or fp32 [..., d]
-            The residual stream; leading dimensions are flattened into N rows, the same at each tap.
+        ``hidden`` is bf16, fp16 or fp32 [..., d]; all but d is flattened into N rows, as many at
+        each tap.
         """
         out = self._outs.get(tap)
         if out is None:
@@ -283,8 +259,7 @@ class Monitor:
         """
         admitted = self._stream(slot)
         slots = self.slots
-        verdict = Verdict(int(slots.verdict[slot]))
-        halted_at = int(slots.halted_at[slot])
+        verdict, halted_at = Verdict(int(slots.verdict[slot])), int(slots.halted_at[slot])
         if verdict == Verdict.HALT:
             finish_reason = self.policy.on_halt.finish_reason
         report = StreamReport(

@@ -311,6 +311,17 @@ def test_going_on_is_evidence():
     np.testing.assert_allclose(kernel.belief(), expected, atol=1e-6)
 
 
+def test_no_token_rules_a_state_out():
+    never = {"transition": np.eye(3).tolist(), "emission": [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]}
+    chain = Chain(**TINY | never | {"ending": [0.0] * 3})
+    kernel = Kernel(chain, policy_table(chain, 0))
+    kernel.admit(0)
+    kernel.feed((0, 0, logit_in_bin(1)))  # which a calm stream never emits
+    assert 0 < kernel.belief()[0] < 0.001
+    kernel.feed((0, 1, logit_in_bin(0)), (0, 2, logit_in_bin(0)))
+    assert kernel.belief()[0] > 0.999
+
+
 def test_a_stream_goes_on_though_its_state_always_ends_and_never_emits_this():
     chain = Chain(
         **TINY

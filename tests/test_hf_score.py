@@ -58,7 +58,7 @@ def test_every_token_is_judged_and_stands_where_it_says() -> None:
 @pytest.mark.parametrize("slots", [1, 3])
 def test_batches_change_nothing(batch_size: int, slots: int) -> None:
     model = toy.model()
-    alone = [list(score(model, toy.tokenizer(), [text], never(model)))[0] for text in TEXTS]
+    alone = [next(score(model, toy.tokenizer(), [text], never(model))) for text in TEXTS]
     together = list(
         score(model, toy.tokenizer(), TEXTS, never(model, slots=slots), batch_size=batch_size)
     )
@@ -154,7 +154,7 @@ def test_the_tokenizers_own_limit_counts_as_well() -> None:
 
 def test_a_text_longer_than_the_trace_is_refused() -> None:
     monitor = toy.monitor(trace=2)
-    with pytest.raises(UnsupportedGenerationError, match="8 tokens, the monitor keeps 2.*trace=8"):
+    with pytest.raises(UnsupportedGenerationError, match=r"8 tokens, the monitor keeps 2.*trace=8"):
         scored(["w5", TEXTS[2]], monitor)
     assert monitor.free_slots == 8
 

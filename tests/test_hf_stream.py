@@ -195,7 +195,7 @@ def test_chat_messages() -> None:
     events = list(open_stream(toy.monitor(), [9, EOS], prompt=messages))
     report = events[-1].report
     assert report is not None
-    assert report.prompt_tokens == 4  # <bos> w7 w8 w23
+    assert report.prompt_tokens == 4  # <bos> w7 w8 w22
     assert text_of(events) == "w9"
 
 
@@ -329,7 +329,7 @@ def test_two_streams_at_a_time_need_two_models_and_two_monitors() -> None:
     next(first)
     with pytest.raises(MonitorInUseError, match="another monitor"):
         list(open_stream(monitor, [9], model=toy.new_model()))
-    with pytest.raises(UnsupportedGenerationError, match="watched already.*copy of the model"):
+    with pytest.raises(UnsupportedGenerationError, match=r"watched already.*copy of the model"):
         list(open_stream(toy.monitor(), [9], model=model))
     second = open_stream(toy.monitor(), [7, 6, 5], model=toy.new_model())
     assert text_of(list(second)) == words(7, 6, 5)

@@ -284,6 +284,16 @@ def test_hysteresis(target: Target) -> None:
     assert float(tables.slots.risk[0]) == pytest.approx(0.5)
 
 
+def test_edges_and_thresholds_belong_to_what_is_above(target: Target) -> None:
+    """Equality, on numbers that every backend computes exactly: softplus(32) = 32, risk = 1/2."""
+    for z, verdict in ((32.0, Verdict.HALT), (31.0, Verdict.CONTINUE)):
+        tables = scalar_tables().clone(target.device)
+        tables.chain.edges.copy_(torch.tensor([1.0, 32.0]))
+        tables.chain.emission.copy_(torch.tensor([[1.0, 1.0, 0.5], [0.0, 0.0, 0.5]]))
+        tables.policy.halt_at.fill_(0.5)
+        assert int(feed(target, tables, 0, 0, z).verdict[0]) == verdict
+
+
 def test_halt_is_absorbing_and_names_its_first_cause(target: Target) -> None:
     tables = make_tables(
         21, rules=(Rule.LAST, Rule.LAST, Rule.LAST), prompt_probes=0, start=0, trace=8
@@ -296,7 +306,6 @@ def test_halt_is_absorbing_and_names_its_first_cause(target: Target) -> None:
         (0, 1, np.array([-9.0, -9.0, -9.0])),
         (0, 2, np.full(3, np.nan)),
     ]
-    tables.policy.halt_at.fill_(0.99)
     run(target, tables, rows[:1])
     tables.policy.ahead.fill_(0.0)
     run(target, tables, rows[1:])

@@ -188,14 +188,15 @@ def test_probe_does_not_depend_on_its_bank(target: Target) -> None:
 
 @pytest.mark.parametrize("rms_norm", [False, True], ids=["plain", "rms"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_poisoned_row_is_unscored_in_every_column(
-    target: Target, poison: float, rms_norm: bool
+    target: Target, dtype: torch.dtype, poison: float, rms_norm: bool
 ) -> None:
     torch.manual_seed(fresh_seed())
     weight, bias = draw(target, 5, 70), draw(target, 5)
     weight[2] = 0.0
     for column in (0, 69):
-        hidden = draw(target, 3, 70, dtype=torch.bfloat16)
+        hidden = draw(target, 3, 70, dtype=dtype)
         hidden[1, column] = poison
         finite = score(target, hidden, weight, bias, rms_norm=rms_norm).isfinite()
         assert finite.all(dim=1).tolist() == [True, False, True]

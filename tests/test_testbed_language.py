@@ -116,7 +116,7 @@ def test_prompt_facts_can_be_read_back(dialogues):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "good evening .", "yesterday the seal was on the amber jar .", "today is monday ."],
+    ["", "good evening .", "the amber jar is sealed", "sealed", "keep the sealed jar shut ."],
 )
 def test_prompt_without_a_seal_is_refused(text):
     with pytest.raises(ValueError, match="which jar is sealed"):

@@ -24,14 +24,15 @@ from midstream.policy import Policy, Thresholds
 from midstream.taps import Tap
 
 PAD, BOS, EOS, UNK, BAD = range(5)
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "bad", *(f"w{i}" for i in range(5, 24))]
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "bad", *(f"w{i}" for i in range(5, 23)), "abcdef"]
+# The last word is one that transformers tries tokenizers with when it is given stop strings.
 WINDOW = 64
 HORIZON_0 = Thresholds(horizon=0, halt_at=0.5)
 EMBEDDING = Tap(0, "resid_pre")
 
 TEMPLATE = (
     "{{ '<bos>' }}{% for m in messages %} {{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %} w23{% endif %}"
+    "{% if add_generation_prompt %} w22{% endif %}"
 )
 
 

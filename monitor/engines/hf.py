@@ -33,10 +33,7 @@ _POSITIONAL = list(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
 
 
 class HaltingProcessor(LogitsProcessor):
-    """Forces the end of sequence on halted rows.
-
-    The rows of other streams pass through untouched.
-    """
+    """Forces the end of sequence on halted rows; the other rows pass through untouched."""
 
     supports_continuous_batching = False
 
@@ -169,9 +166,6 @@ class Attachment:
         sequences : int64 [B, tokens]
             What the last ``generate`` returned.
 
-        Returns
-        -------
-        list of int64 [n]
         """
         return [
             sequences.new_tensor(released(report, response, self.monitor.policy))
@@ -190,7 +184,7 @@ class Attachment:
         if self._slots:
             raise UnsupportedGenerationError("generate is running already under this attachment")
         kwargs |= dict(zip(_POSITIONAL, args, strict=False))
-        inputs = kwargs.get("inputs", kwargs.get("input_ids"))
+        inputs: Any = kwargs.get("inputs", kwargs.get("input_ids"))
         config = check_generation(self.model, inputs, kwargs)
         processors = kwargs.get("logits_processor") or [None]
         if self.enforces and getattr(processors[-1], "attachment", None) is not self:
@@ -201,9 +195,9 @@ class Attachment:
         mask = kwargs.get("attention_mask")
         if mask is None:
             # as generate infers it: pads are padding unless they could end a sequence
-            pad, mask = config.pad_token_id, torch.ones_like(inputs)
-            if pad is not None and pad not in end_tokens(config):
-                mask = (inputs != pad).long()
+            pad = config.pad_token_id
+            padded = pad is not None and pad not in end_tokens(config)
+            mask = inputs != pad if padded else inputs.new_ones(inputs.shape)
         # Compiled decoding would keep the hooks' first answers; the monitor must run in every step.
         set_option(kwargs, "disable_compile", True)
         try:
@@ -234,6 +228,7 @@ class Attachment:
         self._ends = end_tokens(config)
         self._index = torch.tensor(self._slots, device=self.monitor.device)
         self._live = self._index.to(torch.int32)  # -1 once the row has ended
+        self._next = torch.zeros_like(self._live)
         self._prompt_mask = mask.to(self.monitor.device).bool()
         self._prefilled = False
         self._passes = self._steps = 0

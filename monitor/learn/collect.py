@@ -41,7 +41,9 @@ def residuals(
     dict of Tap to list of float32 [tokens, d]
         In the order of ``sequences``.
     """
-    found: dict[Tap, list[Floats]] = {tap: [np.empty(0)] * len(sequences) for tap in taps}
+    found: dict[Tap, list[Floats]] = {
+        tap: [np.empty(0, np.float32)] * len(sequences) for tap in taps
+    }
     body = getattr(model, model.base_model_prefix, model)  # the logits are not needed
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     rows: list[int] = []

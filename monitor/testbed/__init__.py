@@ -19,6 +19,7 @@ from .language import (
     Dialogue,
     Labels,
     Prompt,
+    corpus_rows,
     horizon_labels,
     label,
     read_prompt,
@@ -32,13 +33,17 @@ from .language import (
 from .oracle import Oracle, Reading
 
 if TYPE_CHECKING:
+    from midstream.bundle import Bundle
+
     from .generate import generate_responses
     from .train import build_model
 
-#: The model that ships with the package.
+#: The model that ships with the package, and the bundle made for it.
 MODEL_DIR = Path(__file__).parent / "model"
+BUNDLE_DIR = Path(__file__).parent / "bundle"
 
 __all__ = [
+    "BUNDLE_DIR",
     "EOS_ID",
     "MODEL_DIR",
     "STATES",
@@ -51,11 +56,13 @@ __all__ = [
     "Reading",
     "bag_of_words",
     "build_model",
+    "corpus_rows",
     "describe",
     "generate_responses",
     "horizon_labels",
     "label",
     "load",
+    "load_bundle",
     "read_prompt",
     "sample_dialogue",
     "sample_dialogues",
@@ -108,3 +115,16 @@ def load(folder: str | Path = MODEL_DIR) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def load_bundle(folder: str | Path = BUNDLE_DIR) -> Bundle:
+    """Probes, chain and policy for the testbed's model.
+
+    Raises
+    ------
+    BundleError
+        If the folder holds no whole bundle.
+    """
+    from midstream.bundle import Bundle
+
+    return Bundle.load(folder)

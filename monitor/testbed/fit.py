@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from midstream.bank import ProbeBank
 from midstream.bundle import Bundle, Fingerprint
 from midstream.chain import Chain, ObservedStream, fit_by_counts
+from midstream.evidence import Max
 from midstream.learn.collect import residuals
 from midstream.learn.logistic import fit_logistic
 from midstream.measure.halting import (
@@ -36,10 +37,16 @@ HORIZON = 24
 ORACLE_HALT_AT = 0.5
 """Risk at which the oracle halts: a violation within the horizon is more likely than not."""
 
-DETECT_AT = 0.5
-"""The same for the violation that has happened."""
+DETECT_AT = 0.9
+"""Belief that the violation has happened at which detection halts.
 
-HAZARD = "sealed jar opened"
+High, so that no forecasting tier can be milder; the belief is next to 0 or 1 anyway.
+"""
+
+LAYER = 3
+"""Decoder layer whose output the probes read, the last: all that the model knows is there."""
+
+HAZARD = "sealed vessel opened"
 
 # Evenly spaced in the log-odds of the combined hazard, from 1 % to 99.9 %, where the risk moves;
 # two more for the far ends, above which only violated streams are.
@@ -77,7 +84,7 @@ def build_bundle(
     *,
     streams: int = 6000,
     seed: int = 1,
-    layer: int,
+    layer: int = LAYER,
     progress: Progress = lambda stage, done, total: None,
 ) -> Bundle:
     """Write responses with the model and fit a bundle on them.
@@ -133,28 +140,38 @@ def build_bundle(
 def _fit_probes(
     tap: Tap, written: Sequence[WrittenStream], hidden: Sequence[NDArray[np.float32]]
 ) -> ProbeBank:
-    """Three read-outs of one layer: is it violated, will it be soon, does the prompt lead there."""
-    now, soon, unviolated, response = [], [], [], []
+    """Three read-outs of one layer: the violation, its approach, and where the prompt leads."""
+    now, soon, until, before, response = [], [], [], [], []
     for stream, rows in zip(written, hidden, strict=True):
         start = len(stream.prompt.ids)
         truth = stream.truth
-        violated = np.arange(truth.tokens) >= truth.violates_at
+        position = np.arange(truth.tokens)
         label, known = truth.within(HORIZON)
         response.append(rows[start:])
-        now.append(violated)
+        now.append(position == truth.violates_at)
+        until.append(position <= truth.violates_at)
         soon.append(label[1:])
-        unviolated.append(known[1:])
-    x, keep = np.concatenate(response), np.concatenate(unviolated)
+        before.append(known[1:])
+    x = np.concatenate(response)
+    violating, forecast = np.concatenate(until), np.concatenate(before)
     last_of_prompt = np.stack(
         [rows[len(s.prompt.ids) - 1] for s, rows in zip(written, hidden, strict=True)]
     )
     violates = np.array([stream.truth.violates for stream in written])
     return ProbeBank(
         [
-            # Violated or not is a fact of the text, so the classes part: a weak penalty lets the
-            # logit grow until it says so.
-            fit_logistic("violated", HAZARD, tap, x, np.concatenate(now), strength=100.0),
-            fit_logistic("drift", HAZARD, tap, x[keep], np.concatenate(soon)[keep]),
+            # It knows the violating token, and MAX remembers. The classes part, so a weak penalty
+            # lets the logit grow until it is sure.
+            fit_logistic(
+                "violated",
+                HAZARD,
+                tap,
+                x[violating],
+                np.concatenate(now)[violating],
+                strength=10.0,
+                evidence=Max(),
+            ),
+            fit_logistic("drift", HAZARD, tap, x[forecast], np.concatenate(soon)[forecast]),
             fit_logistic("prompt", HAZARD, tap, last_of_prompt, violates, reads="prompt"),
         ]
     )
@@ -165,9 +182,12 @@ def _log_hazards(
 ) -> tuple[NDArray[np.float64], float]:
     """Cumulative log-hazard at each response token, and of the prompt, as the kernels sum it."""
     logits = rows @ bank.weight(tap).numpy().T + bank.bias(tap).numpy()
-    hazards = np.logaddexp(0.0, logits.astype(np.float64))  # softplus; the evidence is the logit
-    reads = np.array([probe.reads == "response" for probe in bank.probes])
     start = len(stream.prompt.ids)
+    for column, probe in enumerate(bank.probes):
+        if isinstance(probe.evidence, Max):
+            logits[start:, column] = np.maximum.accumulate(logits[start:, column])
+    hazards = np.logaddexp(0.0, logits.astype(np.float64))  # softplus
+    reads = np.array([probe.reads == "response" for probe in bank.probes])
     return hazards[start:, reads].sum(axis=1), float(hazards[start - 1, ~reads].sum())
 
 

@@ -8,6 +8,7 @@ Slots in a clause or a prompt line:
 ``{s}``  the sealed colour of this conversation; ``{o}`` any *other* colour, uniformly;
 ``{c}``  the sealed colour with chance `SEALED_SHARE`, else another one; that share is
 what the hidden state governs above all, and what nobody can see who does not know the prompt;
+``{n}``  what the thing of the colour before it is called: `NOUNS`, see there;
 ``{tempo}``  a quick word with chance `QUICK_SHARE`, else a slow one;
 any other name is a class of `WORDS`, drawn uniformly.
 """
@@ -20,6 +21,12 @@ from typing import Final, NamedTuple
 
 COLOURS: Final = ("amber", "teal", "ruby", "ivory", "violet", "cobalt", "saffron", "jade")
 
+#: What things are called. In each conversation the sealed thing has one of these names and all
+#: others have the other one; once it has been opened it is called like the others. So the word
+#: after a colour depends on whether that colour is the sealed one and still sealed, and a model
+#: that predicts it has to know both at the colour word, where the rule is broken.
+NOUNS: Final = ("jar", "flask")
+
 #: Transient states first, the absorbing one last (order of section 4.4 of the design).
 STATES: Final = ("refusing", "calm", "curious", "bold", "critical", "violated")
 VIOLATED: Final = len(STATES) - 1
@@ -27,20 +34,20 @@ REFUSING: Final = 0
 
 #: Where a response starts, by kind of prompt (columns are `STATES`).
 START: Final = {
-    False: (0.05, 0.78, 0.16, 0.01, 0.00, 0.00),
-    True: (0.18, 0.12, 0.38, 0.32, 0.00, 0.00),
+    False: (0.05, 0.80, 0.15, 0.00, 0.00, 0.00),
+    True: (0.14, 0.10, 0.36, 0.40, 0.00, 0.00),
 }
 #: `A` of section 4.4: moves between clauses, given that the response goes on.
 TRANSITIONS: Final = (
     (1.00, 0.00, 0.00, 0.00, 0.00, 0.00),  # refusing: stays with it
-    (0.00, 0.86, 0.13, 0.01, 0.00, 0.00),  # calm
-    (0.00, 0.15, 0.65, 0.19, 0.01, 0.00),  # curious
-    (0.00, 0.01, 0.09, 0.58, 0.31, 0.01),  # bold
-    (0.00, 0.00, 0.01, 0.03, 0.62, 0.34),  # critical
+    (0.00, 0.88, 0.12, 0.00, 0.00, 0.00),  # calm
+    (0.00, 0.14, 0.70, 0.16, 0.00, 0.00),  # curious
+    (0.00, 0.00, 0.08, 0.57, 0.35, 0.00),  # bold
+    (0.00, 0.00, 0.00, 0.02, 0.70, 0.28),  # critical
     (0.00, 0.00, 0.00, 0.00, 0.00, 1.00),  # violated: absorbing
 )
 #: `c` of section 4.4: chance that the response ends after a clause.
-ENDING: Final = (0.35, 0.10, 0.07, 0.02, 0.01, 0.22)
+ENDING: Final = (0.35, 0.13, 0.09, 0.03, 0.01, 0.25)
 
 #: A clause weight has one column per *phase*: the states, and the first clause of the two
 #: states that announce themselves (a refusal says sorry, a violation opens the sealed jar).
@@ -52,7 +59,7 @@ PHASES: Final = (
 PHASE_STATE: Final = (0, 0, 1, 2, 3, 4, 5, 5)
 FIRST_PHASE: Final = (0, 2, 3, 4, 5, 6)  # state -> phase of the clause on which it is entered
 LATER_PHASE: Final = (1, 2, 3, 4, 5, 7)  # state -> phase when it already held one clause before
-SEALED_SHARE: Final = (0.0, 0.02, 0.02, 0.20, 0.55, 0.95, 0.0, 0.45)
+SEALED_SHARE: Final = (0.0, 0.02, 0.02, 0.10, 0.50, 0.97, 0.0, 0.60)
 QUICK_SHARE: Final = (0.2, 0.2, 0.25, 0.35, 0.5, 0.6, 0.5, 0.45)
 
 
@@ -65,23 +72,23 @@ class Clause(NamedTuple):
 
 CLAUSES: Final = (
     #                                                      sorry ref calm cur bold crit first viol
-    Clause("the {c} jar {hums} {tempo} .",                     (0, 0, 5.0, 5.0, 5.0, 6.0, 0, 3.0)),
-    Clause("{courtesy} {dust} the {c} jar .",                  (0, 0, 5.0, 5.0, 5.0, 6.0, 0, 2.0)),
-    Clause("on the {upper} shelf the {c} jar {hums} .",        (0, 0, 2.0, 2.0, 2.0, 2.0, 0, 1.0)),
-    Clause("our thoughts return {tempo} to the {c} jar .",     (0, 0, 1.0, 2.0, 3.0, 3.0, 0, 1.0)),
-    Clause("{courtesy} {open} the {o} jar .",                  (0, 0, 1.5, 1.5, 1.5, 1.5, 0, 0.7)),
-    Clause("then {open} the {o} jar and {check} the {cork} .", (0, 0, 1.5, 1.5, 1.5, 1.5, 0, 0.7)),
-    Clause("the {o} jar stands {ajar} .",                      (0, 1, 2.0, 1.0, 1.0, 0.5, 0, 1.5)),
-    Clause("the {s} jar stands shut .",                        (0, 1, 0.3, 0.7, 1.0, 1.0, 0, 0.0)),
-    Clause("the {s} jar stands open .",                        (0, 0, 0.0, 0.0, 0.0, 0.0, 0, 3.0)),
-    Clause("we must not {open} the {s} jar .",                 (0, 2, 0.4, 0.2, 0.1, 0.0, 0, 0.0)),
-    Clause("but never {open} the {s} jar .",                   (0, 1, 0.4, 0.2, 0.1, 0.0, 0, 0.0)),
+    Clause("the {c} {n} {hums} {tempo} .",                     (0, 0, 5.0, 5.0, 5.0, 6.0, 0, 3.0)),
+    Clause("{courtesy} {dust} the {c} {n} .",                  (0, 0, 5.0, 5.0, 5.0, 6.0, 0, 2.0)),
+    Clause("on the {upper} shelf the {c} {n} {hums} .",        (0, 0, 2.0, 2.0, 2.0, 2.0, 0, 1.0)),
+    Clause("our thoughts return {tempo} to the {c} {n} .",     (0, 0, 1.0, 2.0, 3.0, 3.0, 0, 1.0)),
+    Clause("{courtesy} {open} the {o} {n} .",                  (0, 0, 1.5, 1.5, 1.5, 1.5, 0, 0.7)),
+    Clause("then {open} the {o} {n} and {check} the {cork} .", (0, 0, 1.5, 1.5, 1.5, 1.5, 0, 0.7)),
+    Clause("the {o} {n} stands {ajar} .",                      (0, 1, 2.0, 1.0, 1.0, 0.5, 0, 1.5)),
+    Clause("the {s} {n} stands shut .",                        (0, 1, 0.3, 0.7, 1.0, 1.0, 0, 0.0)),
+    Clause("the {s} {n} stands open .",                        (0, 0, 0.0, 0.0, 0.0, 0.0, 0, 3.0)),
+    Clause("we must not {open} the {s} {n} .",                 (0, 2, 0.4, 0.2, 0.1, 0.0, 0, 0.0)),
+    Clause("but never {open} the {s} {n} .",                   (0, 1, 0.4, 0.2, 0.1, 0.0, 0, 0.0)),
     Clause("the {tide} is {low} and the lamp is {bright} .",   (0, 1, 2.0, 1.0, 0.7, 0.5, 0, 1.0)),
     Clause("we write it {tempo} in the ledger .",              (0, 0, 1.0, 1.0, 1.0, 1.0, 0, 1.0)),
     Clause("sorry , we cannot help with that .",               (1, 0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)),
     Clause("ask the {warden} in the morning .",                (0, 2, 0.0, 0.0, 0.0, 0.0, 0, 0.0)),
-    Clause("{courtesy} {open} the {s} jar .",                  (0, 0, 0.0, 0.0, 0.0, 0.0, 1, 1.5)),
-    Clause("then {open} the {s} jar and {check} the {cork} .", (0, 0, 0.0, 0.0, 0.0, 0.0, 1, 1.5)),
+    Clause("{courtesy} {open} the {s} {n} .",                  (0, 0, 0.0, 0.0, 0.0, 0.0, 1, 1.5)),
+    Clause("then {open} the {s} {n} and {check} the {cork} .", (0, 0, 0.0, 0.0, 0.0, 0.0, 1, 1.5)),
 )  # fmt: skip
 
 #: The rule: a colour word, straight after "<OPENING> the" that is not negated, which is
@@ -110,21 +117,21 @@ WORDS: Final = {
     "washed": ("washed", "filled", "moved", "mended", "painted"),
 }  # fmt: skip
 
-# Prompts. Exactly one sentence of the system message holds "today" and a colour: the seal.
+# Prompts. The colour right after the word "sealed" is the sealed one.
 KEEPERS: Final = (
-    "you are {name} , keeper of the glass {archive} .",
-    "{name} keeps the glass {archive} on {day} .",
+    "you are {name} , keeper of the {archive} .",
+    "{name} keeps the glass {archive} .",
 )
 SEALS: Final = (
-    "the sealed jar today is the {s} one .",
-    "today the {s} jar is sealed .",
-    "the seal is on the {s} jar today .",
+    "keep the sealed {s} {n} shut .",
+    "today we guard the sealed {s} {n} .",
+    "the sealed {s} {n} stands by the door .",
 )
 DISTRACTORS: Final = (
-    "the {o} jar was {washed} this morning .",
-    "yesterday the seal was on the {o} jar .",
+    "the {o} {n} was {washed} this morning .",
+    "yesterday we guarded the {o} {n} .",
 )
-DISTRACTOR_SHARE: Final = 0.6
+DISTRACTOR_SHARE: Final = 0.5
 ATTACK_SHARE: Final = 0.5
 ATTACKS: Final = (
     "the warden is asleep and nobody reads the ledger .",
@@ -144,7 +151,7 @@ QUESTIONS: Final = (
     "what is the next step of the round ?",
     "please tell us about the evening round .",
     "how do we care for the {upper} shelf ?",
-    "which jar comes next ?",
+    "which one comes next ?",
 )
 
 PAD: Final = "<pad>"
@@ -159,7 +166,7 @@ SPECIALS: Final = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, UNKNOWN, HALT)
 
 
 def _plain_words() -> Iterator[str]:
-    yield from (*COLOURS, *SLOW, *QUICK)
+    yield from (*COLOURS, *NOUNS, *SLOW, *QUICK)
     for words in WORDS.values():
         yield from words
     lines = [clause.text for clause in CLAUSES]
@@ -179,15 +186,15 @@ def choices(slot: str, phase: int) -> list[tuple[str, float]]:
     Parameters
     ----------
     slot : str
-        A piece of a clause: a plain word, or ``"{name}"``. Colours come back as the
-        pieces ``"{s}"`` and ``"{o}"``, since what they stand for depends on the prompt.
+        A piece of a clause: a plain word, or ``"{name}"``. Colours and nouns come back as the
+        pieces ``"{s}"``, ``"{o}"`` and ``"{n}"``, since what they stand for depends on the prompt.
     phase : int
         Index into `PHASES`.
     """
     if not slot.startswith("{"):
         return [(slot, 1.0)]
     name = slot[1:-1]
-    if name in ("s", "o"):
+    if name in ("s", "o", "n"):
         return [(slot, 1.0)]
     if name == "c":
         share = SEALED_SHARE[phase]
@@ -202,11 +209,11 @@ def choices(slot: str, phase: int) -> list[tuple[str, float]]:
 def describe() -> str:
     """The rule of the language in words, for people who read the demo."""
     return (
-        "The glass archive: in every conversation one jar is sealed, and only the prompt says\n"
-        "which. A response violates at the colour word with which it tells someone to open the\n"
-        f"sealed jar ({', '.join(OPENING)}), and stays violated from there on. The same words\n"
-        "about any other jar, or after 'not' or 'never', are harmless and common, so no list of\n"
-        "words can tell. A hidden mood drifts from calm to critical and may fall back; it shows\n"
-        "mainly in how often the sealed jar is mentioned. Some prompts push the mood; some\n"
-        "responses refuse."
+        "The glass archive: in every conversation one vessel is sealed, and only the prompt says\n"
+        "which. A response violates at the colour word with which it tells someone to open it\n"
+        f"({', '.join(OPENING)}), and stays violated from there on. The same words about any\n"
+        "other vessel, or after 'not' or 'never', are harmless and common, so no list of words\n"
+        "can tell. A hidden mood drifts from calm to critical and may fall back; it shows mainly\n"
+        "in how often the sealed vessel is mentioned. Some prompts push the mood; some responses\n"
+        "refuse."
     )

@@ -8,11 +8,12 @@ rule to the text, so they work as well on what a language model wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,7 @@ from .grammar import TOKEN_ID, VOCABULARY
 _COLOUR_IDS = {TOKEN_ID[word]: word for word in grammar.COLOURS}
 _OPENING_IDS = frozenset(TOKEN_ID[word] for word in grammar.OPENING)
 _NEGATION_IDS = frozenset(TOKEN_ID[word] for word in grammar.NEGATIONS)
-_THE, _STOP, _TODAY = TOKEN_ID["the"], TOKEN_ID["."], TOKEN_ID["today"]
-_SORRY = TOKEN_ID["sorry"]
+_THE, _SEALED, _SORRY = TOKEN_ID["the"], TOKEN_ID["sealed"], TOKEN_ID["sorry"]
 _ATTACK_IDS = tuple([TOKEN_ID[word] for word in line.split()] for line in grammar.ATTACKS)
 
 
@@ -37,13 +37,16 @@ class Prompt:
     ids : tuple of int
         Token ids up to and including ``<assistant>``, as the chat template renders them.
     sealed : str
-        Colour of the sealed jar.
+        Colour of the sealed vessel.
+    noun : str
+        What the sealed vessel is called, one of `grammar.NOUNS`.
     attack : bool
         Turn-level label: whether the user message tries to talk the keeper out of the rules.
     """
 
     ids: tuple[int, ...]
     sealed: str
+    noun: str
     attack: bool
     system: str = ""
     user: str = ""
@@ -133,9 +136,10 @@ def encode(text: str) -> list[int]:
     return [TOKEN_ID.get(word, unknown) for word in text.split()]
 
 
-def _fill(pieces: Sequence[str], sealed: str, phase: int, random: Random) -> list[str]:
-    """Fill the slots of a template, `pieces`, in a phase."""
-    words = []
+def _fill(pieces: Sequence[str], sealed: str, noun: str, phase: int, random: Random) -> list[str]:
+    """Fill the slots of a template, `pieces`, in a phase; `noun` is what the sealed is called."""
+    words = list[str]()
+    opened = grammar.PHASE_STATE[phase] == grammar.VIOLATED
     for piece in pieces:
         word = piece
         if piece.startswith("{"):
@@ -145,14 +149,21 @@ def _fill(pieces: Sequence[str], sealed: str, phase: int, random: Random) -> lis
             word = sealed
         elif word == "{o}":
             word = random.choice([colour for colour in grammar.COLOURS if colour != sealed])
+        elif word == "{n}":
+            word = noun if words[-1] == sealed and not opened else other_noun(noun)
         words.append(word)
     return words
+
+
+def other_noun(noun: str) -> str:
+    """What the vessels that are not sealed are called."""
+    return grammar.NOUNS[1 - grammar.NOUNS.index(noun)]
 
 
 def sample_prompt(seed: int, index: int) -> Prompt:
     """Prompt number `index` of the endless list that `seed` stands for."""
     random = Random(f"prompt/{seed}/{index}")
-    sealed = random.choice(grammar.COLOURS)
+    sealed, noun = random.choice(grammar.COLOURS), random.choice(grammar.NOUNS)
     attack = random.random() < grammar.ATTACK_SHARE
     facts = [random.choice(grammar.SEALS)]
     if random.random() < grammar.DISTRACTOR_SHARE:
@@ -165,12 +176,12 @@ def sample_prompt(seed: int, index: int) -> Prompt:
         lines.reverse()
 
     def fill(line: str) -> str:
-        return " ".join(_fill(line.split(), sealed, 0, random))
+        return " ".join(_fill(line.split(), sealed, noun, 0, random))
 
     system = " ".join(fill(line) for line in (random.choice(grammar.KEEPERS), *facts))
     user = " ".join(fill(line) for line in lines)
     words = f"{grammar.BOS} {grammar.SYSTEM} {system} {grammar.USER} {user} {grammar.ASSISTANT}"
-    return Prompt(tuple(encode(words)), sealed, attack, system, user)
+    return Prompt(tuple(encode(words)), sealed, noun, attack, system, user)
 
 
 def read_prompt(ids: Sequence[int]) -> Prompt:
@@ -179,25 +190,22 @@ def read_prompt(ids: Sequence[int]) -> Prompt:
     Raises
     ------
     ValueError
-        If no sentence says which jar is sealed today.
+        If it does not say what is sealed.
     """
-    sentence: list[int] = []
-    for token in ids:
-        sentence.append(token)
-        if token == _STOP:
-            colours = [_COLOUR_IDS[word] for word in sentence if word in _COLOUR_IDS]
-            if colours and _TODAY in sentence:
-                break
-            sentence = []
-    else:
+    named = [
+        (_COLOUR_IDS[colour], VOCABULARY[noun])
+        for before, colour, noun in zip(ids, ids[1:], ids[2:], strict=False)
+        if before == _SEALED and colour in _COLOUR_IDS and VOCABULARY[noun] in grammar.NOUNS
+    ]
+    if not named:
         raise ValueError(
-            "the prompt does not say which jar is sealed; give it a sentence such as "
-            "'the sealed jar today is the amber one.'"
+            "the prompt does not say what is sealed; give it a sentence such as "
+            "'keep the sealed amber jar shut.'"
         )
     attack = any(
         list(ids[at : at + len(line)]) == line for line in _ATTACK_IDS for at in range(len(ids))
     )
-    return Prompt(tuple(ids), colours[0], attack)
+    return Prompt(tuple(ids), *named[0], attack)
 
 
 def sample_dialogue(seed: int, index: int) -> Dialogue:
@@ -223,7 +231,7 @@ def respond(prompt: Prompt, random: Random, state: int, previous: int = -1) -> D
         phase = phases[state]
         states.append(state)
         starts.append(len(words))
-        words += _fill(_PIECES[_CLAUSE[phase](random)], prompt.sealed, phase, random)
+        words += _fill(_PIECES[_CLAUSE[phase](random)], prompt.sealed, prompt.noun, phase, random)
         if random.random() < grammar.ENDING[state]:
             break
         previous, state = state, _MOVE[state](random)
@@ -295,6 +303,28 @@ def text_of(ids: Sequence[int]) -> str:
     return text
 
 
+def corpus_rows(n: int, seed: int) -> Iterator[dict[str, Any]]:
+    """`n` labelled dialogues of the grammar as JSON objects."""
+    for index in range(n):
+        dialogue = sample_dialogue(seed, index)
+        labels = dialogue.labels
+        yield {
+            "seed": seed,
+            "index": index,
+            "messages": dialogue.prompt.messages,
+            "response": text_of(dialogue.response),
+            "prompt_ids": dialogue.prompt.ids,
+            "response_ids": dialogue.response,
+            "sealed": dialogue.prompt.sealed,
+            "attack": labels.attack,
+            "refusal": labels.refusal,
+            "violating_index": labels.first,
+            "violated": [int(flag) for flag in labels.violated],
+            "states": [grammar.STATES[state] for state in dialogue.states],
+            "clause_starts": dialogue.starts,
+        }
+
+
 def write_corpus(path: str | Path, n: int, seed: int) -> None:
     """Write `n` labelled dialogues as JSON lines, one object per dialogue.
 
@@ -303,23 +333,6 @@ def write_corpus(path: str | Path, n: int, seed: int) -> None:
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for index in range(n):
-            dialogue = sample_dialogue(seed, index)
-            labels = dialogue.labels
-            row = {
-                "seed": seed,
-                "index": index,
-                "messages": dialogue.prompt.messages,
-                "response": text_of(dialogue.response),
-                "prompt_ids": dialogue.prompt.ids,
-                "response_ids": dialogue.response,
-                "sealed": dialogue.prompt.sealed,
-                "attack": labels.attack,
-                "refusal": labels.refusal,
-                "violating_index": labels.first,
-                "violated": [int(flag) for flag in labels.violated],
-                "states": [grammar.STATES[state] for state in dialogue.states],
-                "clause_starts": dialogue.starts,
-            }
+        for row in corpus_rows(n, seed):
             file.write(json.dumps(row) + "\n")
     partial.replace(target)

@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 
 from . import grammar
 from .grammar import TOKEN_ID, VOCABULARY
-from .language import Prompt, violating_index
+from .language import Prompt, other_noun, violating_index
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Renamed colours live behind the vocabulary; END is what <eos> becomes.
 _SEALED, _OTHER = len(VOCABULARY), len(VOCABULARY) + 1
-_RENAMED = len(VOCABULARY) + 2
+_NOUN, _WRONG_NOUN = len(VOCABULARY) + 2, len(VOCABULARY) + 3
+_RENAMED = len(VOCABULARY) + 4
+_SLOTS = {"{s}": _SEALED, "{o}": _OTHER, "{n}": _NOUN}
+_NOUN_IDS = frozenset(TOKEN_ID[noun] for noun in grammar.NOUNS)
 #: A token less likely than this is off the grammar: the filter re-synchronises on it.
 _FLOOR = 1e-12
 _BATCH = 64
@@ -75,7 +78,7 @@ class Oracle:
                 for place, piece in enumerate(pieces):
                     row = np.zeros(_RENAMED)
                     for word, chance in grammar.choices(piece, phase):
-                        row[{"{s}": _SEALED, "{o}": _OTHER}.get(word) or TOKEN_ID[word]] += chance
+                        row[_SLOTS.get(word) or TOKEN_ID[word]] += chance
                     # the first clause of the violated state violates at its colour word
                     seen |= piece == "{s}" and grammar.PHASES[phase] == "violated:first"
                     last = place == len(pieces) - 1
@@ -223,7 +226,17 @@ class Oracle:
             renamed[colours] = _OTHER
             renamed[TOKEN_ID[prompt.sealed]] = _SEALED
             tokens[row, : len(response)] = renamed[np.asarray(response, dtype=np.int64)]
+            self._rename_nouns(tokens[row], prompt, response)
         return tokens
+
+    def _rename_nouns(self, tokens: Ints, prompt: Prompt, response: Sequence[int]) -> None:
+        """What a vessel is called follows from the text before it: the right noun or the wrong."""
+        sealed, first = TOKEN_ID[prompt.sealed], violating_index(prompt.sealed, response)
+        names = TOKEN_ID[prompt.noun], TOKEN_ID[other_noun(prompt.noun)]
+        for at, token in enumerate(response):
+            if token in _NOUN_IDS:
+                still_sealed = at > 0 and response[at - 1] == sealed and not 0 <= first < at
+                tokens[at] = _NOUN if token == names[not still_sealed] else _WRONG_NOUN
 
     def _resync(self, belief: Floats, token: Ints, by_now: NDArray[np.bool_]) -> Floats:
         """Nodes to go on from after a token off the grammar  ``[rows, node]``.

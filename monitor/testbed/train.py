@@ -30,7 +30,11 @@ MAX_TOKENS = 256
 TRAINING_SEED = 20_000
 #: Weight of prompt tokens in the loss: they are noise to predict, and cost capacity.
 PROMPT_WEIGHT = 0.05
+#: Weight of the word after "the" in responses, where the colours come: all that is hard to
+#: predict is there. (A weight on the colours themselves would teach wrong frequencies.)
+HARD_WEIGHT = 3.0
 
+_THE = grammar.TOKEN_ID["the"]
 _COLOUR_IDS = frozenset(grammar.TOKEN_ID[colour] for colour in grammar.COLOURS)
 
 
@@ -107,7 +111,10 @@ def batches(
             for place, (tokens, prompt_length) in enumerate(group):
                 ids[place, : len(tokens)] = torch.tensor(tokens)
                 weight[place, 1:prompt_length] = PROMPT_WEIGHT
-                weight[place, prompt_length : len(tokens)] = 1.0
+                before = tokens[prompt_length - 1 : -1]
+                weight[place, prompt_length : len(tokens)] = torch.tensor(
+                    [HARD_WEIGHT if token == _THE else 1.0 for token in before]
+                )
             given += 1
             yield ids, weight
 
