@@ -61,7 +61,8 @@ def main() -> None:
 def _is_ours(error: BaseException) -> bool:
     """Whether a message of ours explains it; anything else is a bug and shows its traceback."""
     return type(error).__module__.startswith("midstream") or isinstance(
-        error, FileNotFoundError | ImportError | PermissionError | IsADirectoryError
+        error,
+        FileNotFoundError | FileExistsError | ImportError | PermissionError | IsADirectoryError,
     )
 
 
@@ -113,7 +114,7 @@ def demo(
         threshold = bundle.policy.tiers[bundle.policy.tier_for(job.MODES["forecast"])].halt_at
         plots.risk_curves(job.examples(run, threshold), plot)
     if json_:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(_without_nan(figures), indent=2, allow_nan=False))
         return
     from midstream.show import figures_tables
 
@@ -161,7 +162,7 @@ def watch(
     if model is None:
         from midstream import testbed
 
-        # The system message says which jar is sealed; without it nothing could violate.
+        # The system message says which vessel is sealed; without it nothing could violate.
         system, user = testbed.sample_prompt(seed, 0).messages
         messages = [system, {"role": "user", "content": prompt} if prompt else user]
     elif prompt is None:
@@ -355,6 +356,13 @@ def _show_one(console: Console, model: Any, tokenizer: Any, monitor: Any, seed: 
         console.print(f"{message['role']}: {message['content']}", style="dim", markup=False)
     events = stream(model, tokenizer, prompt.messages, monitor, do_sample=True, top_k=0)
     show_stream(console, "assistant", events)
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace what JSON does not have, a median of nothing for instance, by null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if value != value else value
 
 
 def _monitor(bundle: Bundle, **options: Any) -> Any:

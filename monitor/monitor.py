@@ -247,20 +247,29 @@ class Monitor:
         self._stream(slot)
         return Trace.read(self.slots, slot, self.bank.names)
 
-    def retire(self, slot: int, finish_reason: str = "stop", *, never_fed: int = 0) -> StreamReport:
+    def retire(
+        self,
+        slot: int,
+        finish_reason: str = "stop",
+        *,
+        never_fed: int = 0,
+        enforced: bool = True,
+    ) -> StreamReport:
         """Free a slot and return what it knew. Reads from the device.
 
         Parameters
         ----------
         finish_reason : str
-            Why the engine ended the stream; a halted stream reports the policy's reason instead.
+            Why the engine ended the stream.
         never_fed : int
             Response tokens that were sampled but never fed, hence never scored; as a rule the last.
+        enforced : bool
+            Whether a HALT is what ended the stream: its report then gives the policy's reason.
         """
         admitted = self._stream(slot)
         slots = self.slots
         verdict, halted_at = Verdict(int(slots.verdict[slot])), int(slots.halted_at[slot])
-        if verdict == Verdict.HALT:
+        if enforced and verdict == Verdict.HALT:
             finish_reason = self.policy.on_halt.finish_reason
         report = StreamReport(
             stream=admitted.stream,

@@ -25,11 +25,12 @@ def read(path: Path, field: str) -> Iterator[dict[str, Any]]:
     Raises
     ------
     TextInputError
-        For a line that is no JSON object, or one without a text under ``field``.
+        For a line that is no JSON object, no CSV, or one without a text under ``field``, and for a
+        file that is not UTF-8.
     """
     with _open(path) as stream:
         if path.suffix == ".csv":
-            rows: Iterator[tuple[int, Any]] = enumerate(csv.DictReader(stream), start=2)
+            rows = _table(stream, path)
         else:
             rows = ((n, _parse(line, path, n)) for n, line in enumerate(stream, 1) if line.strip())
         for number, row in rows:
@@ -50,7 +51,7 @@ def read_lines(path: Path) -> list[str]:
         When there is none.
     """
     with _open(path) as stream:
-        lines = [line.rstrip("\n") for line in stream if line.strip()]
+        lines = [line.rstrip("\r\n") for line in stream if line.strip()]
     if not lines:
         raise TextInputError(f"{path}: no text in it")
     return lines
@@ -106,6 +107,16 @@ def pieces(text: str, scored: TextScore) -> Iterator[tuple[str, float | None]]:
     yield text[done:], None
 
 
+def _table(stream: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a CSV, each with the number of its last line: a quoted text may span several."""
+    reader = csv.DictReader(stream)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise TextInputError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
 def _parse(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
@@ -115,10 +126,14 @@ def _parse(line: str, path: Path, number: int) -> Any:
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[str]]:
+    # utf-8-sig: spreadsheets begin what they export with a byte order mark
     with (
-        open(path, encoding="utf-8", newline="") if path != STDIO else _borrowed(sys.stdin)
+        open(path, encoding="utf-8-sig", newline="") if path != STDIO else _borrowed(sys.stdin)
     ) as stream:
-        yield stream
+        try:
+            yield stream
+        except UnicodeDecodeError as error:
+            raise TextInputError(f"{path}: not UTF-8: {error}") from error
 
 
 @contextmanager

@@ -188,6 +188,27 @@ def test_observing_only_lets_everything_pass_and_reports_the_halt() -> None:
     report = events[-1].report
     assert report is not None
     assert (report.verdict, report.halted_at, report.scored) == ("HALT", 4, 3)
+    assert report.finish_reason == "length"  # nothing was filtered, so it does not say so
+
+
+def test_a_failure_is_an_event_before_it_is_raised() -> None:
+    model = toy.new_model()
+    calls = iter(range(100))
+
+    def fail_at_the_third(*_: Any) -> None:
+        if next(calls) == 3:
+            raise RuntimeError("out of memory, say")
+
+    model.model.layers[1].register_forward_pre_hook(fail_at_the_third)
+    monitor = toy.monitor(model)
+    seen = []
+    with pytest.raises(RuntimeError, match="out of memory"):  # noqa: PT012
+        for event in stream(model, toy.tokenizer(), "w5", monitor, max_new_tokens=9):
+            seen.append(event)
+    assert types(seen)[0] == "admitted"
+    assert types(seen)[-1] == "error"
+    assert seen[-1].message == "RuntimeError: out of memory, say"
+    assert monitor.free_slots == 8
 
 
 def test_chat_messages() -> None:

@@ -12,6 +12,7 @@ from midstream.testbed.language import (
     encode,
     horizon_labels,
     label,
+    other_noun,
     read_prompt,
     sample_dialogue,
     sample_dialogues,
@@ -111,15 +112,67 @@ def test_more_dialogues_leave_the_earlier_ones_alone():
 def test_prompt_facts_can_be_read_back(dialogues):
     for dialogue in dialogues[:500]:
         read = read_prompt(dialogue.prompt.ids)
-        assert (read.sealed, read.attack) == (dialogue.prompt.sealed, dialogue.prompt.attack)
+        written = dialogue.prompt
+        assert (read.sealed, read.noun, read.attack, read.ids) == (
+            written.sealed,
+            written.noun,
+            written.attack,
+            written.ids,
+        )
+
+
+def test_prompt_as_a_person_types_it():
+    read = read_prompt(encode("guard the ruby jar . keep the sealed teal flask shut ."))
+    assert (read.sealed, read.noun, read.attack) == ("teal", "flask", False)
+    assert read_prompt(encode(f"the sealed teal jar . {grammar.ATTACKS[1]}")).attack
+
+
+def test_the_noun_follows_the_rule(dialogues):
+    """Worked out again from the text alone: first noun of the seal, until it is opened."""
+    kinds = dict.fromkeys(("sealed", "opened", "other"), 0)
+    for dialogue in dialogues:
+        words = [grammar.VOCABULARY[token] for token in (*dialogue.prompt.ids, *dialogue.response)]
+        at = words.index("sealed")
+        sealed, noun = words[at + 1 : at + 3]
+        assert noun == dialogue.prompt.noun
+        opened = False
+        for at, word in enumerate(words):
+            before = words[max(0, at - 3) : at]
+            if word in grammar.NOUNS:
+                assert words[at - 1] in grammar.COLOURS
+                kind = "other" if words[at - 1] != sealed else "opened" if opened else "sealed"
+                kinds[kind] += 1
+                assert (word == noun) == (kind == "sealed")
+            elif word in grammar.COLOURS:
+                assert words[at + 1] in grammar.NOUNS  # every colour is that of a vessel
+            if word == sealed and before[1:] in [[verb, "the"] for verb in grammar.OPENING]:
+                opened |= before[0] not in grammar.NEGATIONS
+        assert opened == dialogue.labels.violates
+    assert min(kinds.values()) > 2000
+
+
+def test_both_nouns_are_as_common_for_each_colour(dialogues):
+    pairs = {(d.prompt.sealed, d.prompt.noun) for d in dialogues}
+    assert len(pairs) == len(grammar.COLOURS) * len(grammar.NOUNS)
+    jars = np.mean([d.prompt.noun == "jar" for d in dialogues])
+    assert abs(jars - 0.5) < 4.5 * np.sqrt(0.25 / len(dialogues))
+    assert [other_noun(noun) for noun in grammar.NOUNS] == list(reversed(grammar.NOUNS))
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "good evening .", "the amber jar is sealed", "sealed", "keep the sealed jar shut ."],
+    [
+        "",
+        "good evening .",
+        "the amber jar is sealed",
+        "sealed",
+        "keep the sealed jar shut .",
+        "keep the sealed amber",
+        "keep the sealed amber lamp shut .",
+    ],
 )
 def test_prompt_without_a_seal_is_refused(text):
-    with pytest.raises(ValueError, match="which jar is sealed"):
+    with pytest.raises(ValueError, match="what is sealed"):
         read_prompt(encode(text))
 
 
@@ -144,7 +197,7 @@ def test_prompt_without_a_seal_is_refused(text):
 )
 def test_rule(text, first):
     assert violating_index("amber", encode(text)) == first
-    labels = label(Prompt((), "amber", True), encode(text))
+    labels = label(Prompt((), "amber", "jar", True), encode(text))
     assert labels.first == first
     assert labels.violates == (first >= 0)
     assert len(labels.violated) == len(text.split())
@@ -152,7 +205,7 @@ def test_rule(text, first):
 
 
 def test_horizon_labels():
-    prompt = Prompt((), "amber", False)
+    prompt = Prompt((), "amber", "jar", False)
     bad = [*encode("please open the amber jar ."), grammar.EOS_ID]
     target, known = horizon_labels(prompt, bad, 0)
     assert target.tolist() == [False] * 4 + [True] * 4

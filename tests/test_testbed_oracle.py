@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from midstream.testbed import grammar, language
+from midstream.testbed.baseline import BagOfWords
 from midstream.testbed.grammar import EOS_ID, TOKEN_ID, VOCABULARY
 from midstream.testbed.language import Prompt, encode, horizon_labels, sample_dialogues
 from midstream.testbed.oracle import Oracle
@@ -31,20 +32,24 @@ def readings(oracle, dialogues):
 
 
 @cache
-def clause_chance(words, sealed, phase):
+def clause_chance(words, sealed, noun, phase):
     """Chance of one clause's words in a phase, by looking at every template."""
+    opened = grammar.PHASES[phase].startswith("violated")
+    other = next(name for name in grammar.NOUNS if name != noun)
     chance, total = 0.0, sum(clause.weights[phase] for clause in grammar.CLAUSES)
     for clause in grammar.CLAUSES:
         pieces = clause.text.split()
         if len(pieces) != len(words):
             continue
         here = clause.weights[phase] / total
-        for piece, word in zip(pieces, words, strict=True):
+        for before, piece, word in zip(["", *words], pieces, words, strict=False):
             options = dict[str, float]()
             for option, weight in grammar.choices(piece, phase):
                 colours = [sealed] if option == "{s}" else []
                 if option == "{o}":
                     colours = [colour for colour in grammar.COLOURS if colour != sealed]
+                if option == "{n}":
+                    colours = [noun if before == sealed and not opened else other]
                 for name in colours or [option]:
                     options[name] = options.get(name, 0.0) + weight / max(1, len(colours))
             here *= options.get(word, 0.0)
@@ -68,7 +73,8 @@ def brute_force(prompt, response):
                 chance *= (1 - grammar.ENDING[previous]) * grammar.TRANSITIONS[previous][state]
             phases = grammar.LATER_PHASE if state == previous else grammar.FIRST_PHASE
             if chance:
-                chance *= clause_chance((*clause.split(), "."), prompt.sealed, phases[state])
+                words = (*clause.split(), ".")
+                chance *= clause_chance(words, prompt.sealed, prompt.noun, phases[state])
             previous = state
         joint[path[-1]] += chance * (grammar.ENDING[path[-1]] if ended else 1.0)
     return joint
@@ -172,7 +178,7 @@ def test_looking_ahead_is_possible_but_not_certain(dialogues, readings):
 
 
 def test_text_off_the_grammar_does_not_kill_the_filter(oracle):
-    prompt = Prompt((), "amber", False)
+    prompt = Prompt((), "amber", "jar", False)
     texts = [
         "jar jar jar the amber amber . . the teal jar hums softly .",
         "open the amber jar sorry sorry the amber jar stands open .",
@@ -190,6 +196,63 @@ def test_text_off_the_grammar_does_not_kill_the_filter(oracle):
         assert ((reading.risk >= 0) & (reading.risk <= 1 + 1e-12)).all()
         violated = np.array(language.label(prompt, response).violated, dtype=float)
         assert reading.risk[0, 1:] == pytest.approx(violated)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("the amber jar stands shut .", 0),
+        ("the amber flask stands shut .", 1),
+        ("the teal flask stands shut .", 0),
+        ("the teal jar stands shut .", 1),
+        ("we must not open the amber jar .", 0),
+        ("we must not open the amber flask .", 1),
+        ("now open the amber flask .", 0),
+        ("now open the amber jar .", 1),
+        ("now open the amber flask . the amber flask stands open .", 0),
+        ("now open the amber flask . the amber jar stands open .", 1),
+        ("now open the amber flask . the teal flask stands shut .", 0),
+        ("now open the amber jar . the amber jar stands open . the teal jar stands shut .", 3),
+    ],
+)
+def test_a_wrong_noun_is_off_the_grammar(oracle, text, wrong):
+    calm = "the amber jar stands shut . " * 3  # nothing is opened before the mood has drifted
+    words = (calm + text).split()
+    swapped = [{"jar": "flask", "flask": "jar"}.get(word, word) for word in words]
+    for noun, written in (("jar", words), ("flask", swapped)):
+        prompt = Prompt((), "amber", noun, False)
+        assert oracle.read([prompt], [encode(" ".join(written))])[0].off_grammar == wrong
+
+
+def test_a_wrong_noun_in_sampled_text_is_noticed(oracle, dialogues):
+    random, names = Random(3), [TOKEN_ID[noun] for noun in grammar.NOUNS]
+    for dialogue in dialogues[:50]:
+        places = [at for at, token in enumerate(dialogue.response) if token in names]
+        if places:
+            text = list(dialogue.response)
+            at = random.choice(places)
+            text[at] = sum(names) - text[at]
+            reading = oracle.read([dialogue.prompt], [text], HORIZONS)[0]
+            assert reading.off_grammar == 1
+            assert reading.log_likelihood[at] < -25
+            assert np.isfinite(reading.risk).all()
+
+
+def test_a_bag_of_words_stays_clearly_below(dialogues, readings):
+    """At the rule itself, and at looking ahead: a list of words is no substitute for reading."""
+    fit, rest = dialogues[:400], dialogues[400:1000]
+    for horizon in (0, 24):
+        baseline = BagOfWords.fit([d.prompt for d in fit], [d.response for d in fit], horizon)
+        mine, best = [], []
+        for dialogue, reading in zip(rest, readings[400:1000], strict=True):
+            target, _ = horizon_labels(dialogue.prompt, dialogue.response, horizon)
+            first = dialogue.labels.first
+            before = slice(first + 1 if horizon and first >= 0 else None)  # what is left to forecast
+            risk = baseline.risk(dialogue.prompt, dialogue.response)
+            mine.append((risk - target)[before] ** 2)
+            best.append((reading.risk[HORIZONS.index(horizon)] - target)[before] ** 2)
+        errors = [float(np.concatenate(rows).mean()) for rows in (mine, best)]
+        assert errors[0] > 1.3 * errors[1] + 0.02, (horizon, errors)
 
 
 def test_odd_shapes(oracle):

@@ -289,7 +289,9 @@ class Attachment:
 
     def _retire(self, reasons: list[str], never_fed: list[int] | None = None) -> None:
         self.reports = [
-            self.monitor.retire(slot, reason, never_fed=unfed)
+            self.monitor.retire(
+                slot, reason, never_fed=unfed, enforced=self.enforces and reason != "error"
+            )
             for slot, reason, unfed in zip(
                 self._slots, reasons, never_fed or [0] * len(reasons), strict=True
             )

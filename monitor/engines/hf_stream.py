@@ -135,7 +135,7 @@ def stream(
             pass
         except BaseException as error:  # the reader's thread raises it
             with suppress(_ReaderGone):
-                front.put(error)
+                front.fail(error)
 
     worker = threading.Thread(target=generate, name="midstream-generate", daemon=True)
     worker.start()
@@ -229,6 +229,12 @@ class _Front(LogitsProcessor):
             )
         )
         self.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the reader that generation failed: an event, then the exception itself."""
+        if self._session is not None:
+            self.put(self._session.event("error", message=f"{type(error).__name__}: {error}"))
+        self.put(error)
 
     def put(self, item: Event | BaseException | None) -> None:
         """Queue an item for the reader; stop the generation when nobody reads any more."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from midstream.evidence import Evidence, Last
@@ -51,24 +50,24 @@ def fit_logistic(
     """
     try:
         from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError("fitting needs scikit-learn: pip install 'midstream[fit]'") from error
     if labels.all() or not labels.any():
         raise ValueError(f"probe {name!r}: all {len(labels)} labels are {bool(labels.all())}")
-    mean, scale = hidden.mean(axis=0), hidden.std(axis=0)
-    scale[scale == 0] = 1.0
+    scaler = StandardScaler().fit(hidden)
     model = LogisticRegression(
         C=strength, max_iter=1000, class_weight="balanced" if balanced else None
     )
-    model.fit((hidden - mean) / scale, labels)
+    model.fit(scaler.transform(hidden), labels)
     return Probe.folded(
         name=name,
         hazard=hazard,
         tap=tap,
-        weight=torch.from_numpy(model.coef_[0].astype(np.float32)),
+        weight=model.coef_[0],
         bias=float(model.intercept_[0]),
-        mean=torch.from_numpy(mean),
-        scale=torch.from_numpy(scale),
+        mean=scaler.mean_,
+        scale=scaler.scale_,
         evidence=evidence or Last(),
         reads=reads,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ Progress = Callable[[str, int, int], None]
 def build(out: Path, *, seed: int, progress: Progress = lambda stage, done, total: None) -> None:
     """Train the model into ``out/model`` and fit ``out/bundle`` on what it writes.
 
+    ``out`` appears when both are done; a failure leaves nothing.
+
     Raises
     ------
     FileExistsError
@@ -22,9 +25,14 @@ def build(out: Path, *, seed: int, progress: Progress = lambda stage, done, tota
     """
     if out.exists():
         raise FileExistsError(f"{out} is there already; choose a new folder")
-    out.mkdir(parents=True)
-    build_model(
-        out / "model", seed=seed, progress=lambda step, steps, loss: progress("train", step, steps)
-    )
-    model, tokenizer = load(out / "model")
-    build_bundle(model, tokenizer, seed=seed + 1, progress=progress).save(out / "bundle")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as holder:
+        fresh = Path(holder) / "fresh"
+        build_model(
+            fresh / "model",
+            seed=seed,
+            progress=lambda step, steps, loss: progress("train", step, steps),
+        )
+        model, tokenizer = load(fresh / "model")
+        build_bundle(model, tokenizer, seed=seed + 1, progress=progress).save(fresh / "bundle")
+        fresh.rename(out)

@@ -80,6 +80,14 @@ class DemoRun:
         """What each stream does when nobody halts it."""
         return [stream.truth for stream in self.written]
 
+    @property
+    def risks(self) -> list[Floats]:
+        """The monitor's risk [tokens + 1] of each stream that is not halted."""
+        return [
+            _whole(risk_curve(report), truth)
+            for report, truth in zip(self.observed, self.truths, strict=True)
+        ]
+
 
 MODES = {"detect": "loose", "forecast": "moderate"}
 """Mode of the demo to tier of the default bundle's policy."""
@@ -185,12 +193,12 @@ def figures(result: DemoRun, *, backend: str, overhead: dict[str, float]) -> dic
     live.
     """
     truths = result.truths
-    risks = [risk_curve(report) for report in result.observed]
+    risks = result.risks
     single, smooth = [], []
-    for report in result.observed:
+    for report, truth in zip(result.observed, truths, strict=True):
         hazards = baseline_hazards(report)
-        single.append(hazards["threshold"])
-        smooth.append(hazards["ema"])
+        single.append(_whole(hazards["threshold"], truth))
+        smooth.append(_whole(hazards["ema"], truth))
     detect = halting_figures(truths, result.halts["detect"], result.leaked["detect"])
     shipped = halting_figures(truths, result.halts["forecast"], result.leaked["forecast"])
     certain = [(np.arange(-1, t.tokens) >= t.violates_at).astype(float) for t in truths]
@@ -241,6 +249,11 @@ def baseline_hazards(report: StreamReport) -> dict[str, Floats]:
     }
 
 
+def _whole(curve: Floats, truth: Truth) -> Floats:
+    """Add a NaN for the last token of a stream cut off by its length, which was never fed."""
+    return np.pad(curve, (0, truth.tokens + 1 - len(curve)), constant_values=np.nan)
+
+
 def _at_threshold(
     truths: Sequence[Truth], curves: Sequence[Floats], threshold: float
 ) -> HaltingFigures:
@@ -270,7 +283,8 @@ def examples(result: DemoRun, threshold: float) -> list[Curve]:
     """
     halts = result.halts["forecast"]
     violating = [i for i, truth in enumerate(result.truths) if truth.violates]
-    peaks = [np.nanmax(risk_curve(report)) for report in result.observed]
+    risks = result.risks
+    peaks = [np.nanmax(risk) for risk in risks]
     ahead = [i for i in violating if halts[i] < result.truths[i].violates_at]
     spared = [i for i in range(len(halts)) if halts[i] == NEVER and i not in set(violating)]
     missed = [i for i in violating if halts[i] >= result.truths[i].violates_at]
@@ -284,7 +298,7 @@ def examples(result: DemoRun, threshold: float) -> list[Curve]:
     return [
         Curve(
             title=f"{kind} (stream {index})",
-            risk=risk_curve(result.observed[index]),
+            risk=risks[index],
             oracle=result.oracle[index],
             threshold=threshold,
             halted_at=None if halts[index] == NEVER else halts[index],
@@ -304,9 +318,9 @@ def overheads(
     policy = Policy(tiers={"moderate": never}, default_tier="moderate")
     monitor = Monitor(bundle.with_policy(policy), slots=8)
     ratios = {}
-    for batch in (1, 8):
+    for done, batch in enumerate((1, 8)):
         inputs = left_padded([sample_prompt(0, index) for index in range(batch)])
-        progress("overhead", batch // 8, 2)
+        progress("overhead", done, 2)
         ratios[f"batch_{batch}"] = overhead(
             model, monitor, inputs, new_tokens=OVERHEAD_TOKENS, pairs=OVERHEAD_PAIRS
         )

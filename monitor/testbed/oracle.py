@@ -132,7 +132,7 @@ class Oracle:
         Parameters
         ----------
         prompts : sequence of Prompt
-            B prompts; the sealed colour and the attack flag are what counts.
+            B prompts; the sealed colour, its noun and the attack flag are what counts.
         responses : sequence of sequence of int
             B responses as token ids, cut anywhere; padding is not needed.
         horizons : sequence of int

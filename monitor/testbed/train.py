@@ -30,12 +30,13 @@ MAX_TOKENS = 256
 TRAINING_SEED = 20_000
 #: Weight of prompt tokens in the loss: they are noise to predict, and cost capacity.
 PROMPT_WEIGHT = 0.05
-#: Weight of the word after "the" in responses, where the colours come: all that is hard to
-#: predict is there. (A weight on the colours themselves would teach wrong frequencies.)
+#: Weight of the word after "the", where the colours come, and of the word after a colour: all
+#: that is hard to predict is there. It must depend on what comes before and never on the
+#: target itself, or the model would learn wrong frequencies.
 HARD_WEIGHT = 3.0
 
-_THE = grammar.TOKEN_ID["the"]
 _COLOUR_IDS = frozenset(grammar.TOKEN_ID[colour] for colour in grammar.COLOURS)
+_HARD_AFTER = _COLOUR_IDS | {grammar.TOKEN_ID["the"]}
 
 
 def model_config() -> LlamaConfig:
@@ -113,7 +114,7 @@ def batches(
                 weight[place, 1:prompt_length] = PROMPT_WEIGHT
                 before = tokens[prompt_length - 1 : -1]
                 weight[place, prompt_length : len(tokens)] = torch.tensor(
-                    [HARD_WEIGHT if token == _THE else 1.0 for token in before]
+                    [HARD_WEIGHT if token in _HARD_AFTER else 1.0 for token in before]
                 )
             given += 1
             yield ids, weight
@@ -163,7 +164,8 @@ def build_model(
         ids, weight = next(stream)
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (loss * weight[:, 1:].flatten()).sum() / weight.sum()
+        # One scale for all batches: a mean over each would favour the words of short responses.
+        loss = (loss * weight[:, 1:].flatten()).sum() / tokens_per_batch
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
