@@ -14,6 +14,7 @@ from torch import Tensor
 
 from midstream.kernels.tables import (
     GAP_BITS,
+    MAX_POSITION,
     ChainTable,
     EvidenceTable,
     PolicyTable,
@@ -259,17 +260,19 @@ def _explain_advance_call(
     raise AssertionError("an argument was refused that none of the demands above names")
 
 
-def check_slots(slot: Tensor, slots: SlotTable, sizes: Sizes) -> None:
-    """Check that slots and their policy rows lie in their tables. Reads values: syncs a GPU.
+def check_rows(slot: Tensor, position: Tensor, slots: SlotTable, sizes: Sizes) -> None:
+    """Check that slots, their policy rows and positions lie in range. Reads values: syncs a GPU.
 
     Raises
     ------
     IndexError
         If one does not; the message names the row.
     """
-    for row, s in enumerate(slot.tolist()):
+    for row, (s, t) in enumerate(zip(slot.tolist(), position.tolist(), strict=True)):
         if s >= sizes.slots:
             raise IndexError(f"row {row} names slot {s}, the table has {sizes.slots}")
+        if s >= 0 and t >= MAX_POSITION:
+            raise IndexError(f"row {row} has position {t}, the limit is {MAX_POSITION}")
         if s >= 0 and not 0 <= (tier := int(slots.policy[s])) < sizes.policies:
             raise IndexError(
                 f"row {row}, slot {s}, names policy row {tier}, the table has {sizes.policies}"

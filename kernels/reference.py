@@ -14,12 +14,13 @@ from torch import Tensor
 from midstream.kernels.checks import (
     check_advance_call,
     check_probes,
+    check_rows,
     check_score_call,
-    check_slots,
     check_tables,
 )
 from midstream.kernels.tables import (
     GAP_BITS,
+    LEAST_MASS,
     NO_CAUSE,
     UNSCORED_CAUSE,
     ChainTable,
@@ -240,13 +241,21 @@ def _fold(
 
 def _predict(belief: Tensor, steps: Tensor, chain: ChainTable) -> Tensor:
     """Move each belief [n, K+1] by its own steps [n], bit by bit, up to 2**GAP_BITS - 1."""
-    steps = steps.clamp(max=(1 << GAP_BITS) - 1)
+    steps, belief = steps.clamp(max=(1 << GAP_BITS) - 1), belief.clone()
     for bit in range(GAP_BITS):
         takes = (steps >> bit) & 1 == 1
         if takes.any():
-            moved = (belief[:, :, None] * chain.step_powers[bit]).sum(dim=1)
-            belief = torch.where(takes[:, None], _normalise(moved, belief), belief)
+            belief[takes] = _leap(belief[takes], bit, chain)
     return belief
+
+
+def _leap(belief: Tensor, bit: int, chain: ChainTable) -> Tensor:
+    """Move each belief [n, K+1] by 2**bit steps; in two halves where that underflows."""
+    moved = (belief[:, :, None] * chain.step_powers[bit]).sum(dim=1)
+    lost = moved.sum(dim=1) < LEAST_MASS
+    if bit > 0 and lost.any():
+        moved[lost] = _leap(_leap(belief[lost], bit - 1, chain), bit - 1, chain)
+    return _normalise(moved, belief)
 
 
 def _normalise(mass: Tensor, otherwise: Tensor) -> Tensor:
@@ -299,7 +308,7 @@ def bind_advance(
 
     def bound(logits: Tensor, slot: Tensor, position: Tensor) -> None:
         check_advance_call(logits, slot, position, sizes.probes, slots.device)
-        check_slots(slot, slots, sizes)
+        check_rows(slot, position, slots, sizes)
         advance(logits, slot, position, slots, evidence, chain, policy)
 
     return bound

@@ -67,8 +67,14 @@ NO_CAUSE = -1
 UNSCORED_CAUSE = -2
 """``cause`` of a stream that was halted because a token could not be scored."""
 
+MAX_POSITION = 1 << 30
+"""Positions are below this, so that a gap and its end fit int32; a row beyond is refused."""
+
+LEAST_MASS = 1e-30
+"""Belief left by a step power below which fp32 has lost too much of it: shorter powers are used."""
+
 GAP_BITS = 20
-"""A gap of up to 2**20 - 1 unscored tokens is bridged exactly, in at most 20 small products."""
+"""A gap of up to 2**20 - 1 unscored tokens is bridged exactly, by small products of step powers."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from midstream.kernels.checks import check_advance_call, check_tables
 from midstream.kernels.launch import advance_launch
 from midstream.kernels.tables import (
     GAP_BITS,
+    LEAST_MASS,
+    MAX_POSITION,
     NO_CAUSE,
     UNSCORED_CAUSE,
     ChainTable,
@@ -33,6 +35,8 @@ from midstream.kernels.tables import (
 )
 
 # Kernels read globals only as tl.constexpr.
+_LEAST_MASS = tl.constexpr(LEAST_MASS)
+_MAX_POSITION = tl.constexpr(MAX_POSITION)
 _EMA = tl.constexpr(int(Rule.EMA))
 _MEAN = tl.constexpr(int(Rule.MEAN))
 _CUSUM = tl.constexpr(int(Rule.CUSUM))
@@ -76,16 +80,26 @@ def _normalise(mass, otherwise):
 
 @triton.jit
 def _predict(belief, steps, step_powers, STATES: tl.constexpr, BLOCK_STATES: tl.constexpr):
-    """Move the belief by ``steps`` tokens, bit by bit."""
+    """Move the belief by ``steps`` tokens, bit by bit; a leap that underflows goes in halves."""
     k = tl.arange(0, BLOCK_STATES)
     at = k[:, None] * STATES + k[None, :]
     real = (k < STATES)[:, None] & (k < STATES)[None, :]
     left = tl.minimum(steps, _MOST_STEPS)
+    bit = 0
     while left > 0:
-        if left % 2 == 1:
-            step = tl.load(step_powers + at, mask=real, other=0.0)
-            belief = _normalise(tl.sum(belief[:, None] * step, axis=0), belief)
-        step_powers += STATES * STATES
+        level = bit
+        leaps = left % 2
+        while leaps > 0:
+            power = step_powers + level * STATES * STATES
+            step = tl.load(power + at, mask=real, other=0.0)
+            moved = tl.sum(belief[:, None] * step, axis=0)
+            if (level > 0) & (tl.sum(moved, axis=0) < _LEAST_MASS):
+                level -= 1
+                leaps *= 2
+            else:
+                belief = _normalise(moved, belief)
+                leaps -= 1
+        bit += 1
         left = left // 2
     return belief
 
@@ -231,7 +245,7 @@ def advance_kernel(
         # Small tiles are replicated over threads: all must have read before one writes.
         tl.debug_barrier()
         tl.store(at_logits, float("nan"), mask=real)
-        if t >= expected:
+        if (t >= expected) & (t < _MAX_POSITION):
             in_prompt = t < start
             response_gap = tl.maximum(t - tl.maximum(expected, start), 0)
             reads = phase == tl.where(in_prompt, _PROMPT, _RESPONSE)

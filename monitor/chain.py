@@ -103,7 +103,7 @@ class Chain(BaseModel):
                 raise ValueError(f"{name}: every row must be a distribution (>= 0, sum 1)")
         if len(self.ending) != size or not all(0 <= c <= 1 for c in self.ending):
             raise ValueError(f"ending: expected {size} probabilities")
-        if self.transition[-1][-1] != 1.0:
+        if self.transition[-1] != [0.0] * (size - 1) + [1.0]:
             raise ValueError("transition: the last state, violated, must be absorbing")
         for name in ("edges", "prompt_edges"):
             if (np.diff(getattr(self, name)) <= 0).any():
@@ -156,26 +156,38 @@ class Chain(BaseModel):
 
     def table(self, device: torch.device | str = "cpu") -> ChainTable:
         """Tensors for the belief filter, floors applied."""
-        survival = np.maximum(1 - np.array(self.ending), _SURVIVAL_FLOOR)
-        power = survival[:, None] * np.array(self.transition)
-        powers = []
-        for _ in range(GAP_BITS):
-            # the filter normalises; dividing here keeps 2**19 steps above underflow
-            power = power / power.max()
-            powers.append(power)
-            power = power @ power
 
         def tensor(values: Array | Row) -> torch.Tensor:
             return torch.tensor(np.asarray(values), dtype=torch.float32, device=device)
 
         return ChainTable(
-            step_powers=tensor(np.stack(powers)),
+            step_powers=tensor(self._step_powers()),
             emission=tensor(_normalised(np.maximum(self.emission, EMISSION_FLOOR))),
             edges=tensor(self.edges),
             prior=tensor(self.prior),
             prompt_emission=tensor(_normalised(np.maximum(self.prompt_emission, EMISSION_FLOOR))),
             prompt_edges=tensor(self.prompt_edges),
         )
+
+    def _step_powers(self) -> Array:
+        """``step ** (2**g)`` for the filter, each scaled as a whole; [GAP_BITS, K+1, K+1].
+
+        Each is kept as distributions ``moves`` and the log of each row's survival: over a long gap
+        a state whose streams mostly end falls below fp64 beside one whose streams go on, and yet
+        has to lead somewhere.
+        """
+        survival = np.log(np.maximum(1 - np.array(self.ending), _SURVIVAL_FLOOR))
+        moves = _normalised(self.transition)
+        powers = []
+        for _ in range(GAP_BITS):
+            powers.append(np.exp(survival - survival.max())[:, None] * moves)
+            # step = diag(e^s) M, so step^2 = diag(e^s) (M diag(e^s)) M
+            best = np.where(moves > 0, survival, -np.inf).max(axis=1)
+            onward = moves * np.exp(np.minimum(survival - best[:, None], 0.0))
+            total = onward.sum(axis=1)
+            moves = _normalised(onward @ moves)
+            survival = survival + best + np.log(total)
+        return np.stack(powers)
 
     def to_json(self) -> str:
         """Canonical JSON."""

@@ -205,7 +205,7 @@ class Monitor:
             self._set_rows(rows)
             out = self._outs[tap]
         self._observed = True
-        self._score[tap](hidden.reshape(rows, -1), out)
+        self._score[tap](hidden.reshape(rows, hidden.shape[-1]), out)
 
     def discard(self) -> None:
         """Forget the rows observed since the last :meth:`advance`: their forward pass failed."""

@@ -114,7 +114,7 @@ def _table(stream: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise TextInputError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+        raise TextInputError(f"{path}, after line {reader.line_num}: not CSV: {error}") from error
 
 
 def _parse(line: str, path: Path, number: int) -> Any:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_filter import NAN, Kernel, PlainStream, logit_in_bin, random_chain
@@ -17,6 +18,7 @@ from midstream.chain import (
     fit_by_counts,
     fundamental_matrix,
 )
+from midstream.kernels.reference import _predict
 from midstream.kernels.tables import GAP_BITS
 from midstream.policy import Policy, Thresholds
 
@@ -490,3 +492,26 @@ def test_streams_that_teach_nothing_are_refused():
 def test_a_stream_that_cannot_be_is_refused(log_hazard, violated, message):
     with pytest.raises(ChainError, match=message):
         ObservedStream(np.array(log_hazard), np.array(violated, dtype=bool), ended=True)
+
+
+@pytest.mark.parametrize("gap", [126, 255, 256, 100_000])
+def test_a_long_gap_moves_a_belief_in_a_state_that_mostly_ends(gap: int) -> None:
+    """Beside a state that goes on, its row of a step power must not underflow to nothing."""
+    chain = Chain(
+        transition=[[0.99, 0.01, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]],
+        ending=[0.01, 0.0, 0.6],
+        emission=[[1.0], [1.0], [1.0]],
+        edges=[],
+        prior=[0.0, 1.0, 0.0],
+        prompt_emission=[[1.0], [1.0], [1.0]],
+        prompt_edges=[],
+    )
+    step = (1 - np.array(chain.ending))[:, None] * np.array(chain.transition)
+    belief = np.array(chain.prior)
+    for _ in range(gap):
+        belief = belief @ step
+        belief /= belief.sum()
+    found = _predict(
+        torch.tensor([chain.prior]), torch.tensor([gap], dtype=torch.int32), chain.table()
+    )
+    np.testing.assert_allclose(found[0].numpy(), belief, atol=1e-5)

@@ -184,12 +184,32 @@ def test_a_generation_config_counts_and_is_left_as_it_was() -> None:
 def test_pads_and_ends_inside_the_prompt_are_part_of_it() -> None:
     ids = torch.tensor([[EOS, 9, PAD, 8, EOS], [PAD, PAD, 9, EOS, 8]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    for given in ({"attention_mask": mask}, {}):
-        bare = plain(toy.model(), 3, input_ids=ids, **given)
-        m, output = watched(toy.model(), toy.monitor(), 3, input_ids=ids, **given)
-        # without a mask generate takes every pad for padding
-        assert [r.prompt_tokens for r in m.reports] == ([5, 3] if given else [4, 3])
-        twins(m, output, bare, 5)
+    bare = plain(toy.model(), 3, input_ids=ids, attention_mask=mask)
+    m, output = watched(toy.model(), toy.monitor(), 3, input_ids=ids, attention_mask=mask)
+    assert [r.prompt_tokens for r in m.reports] == [5, 3]
+    twins(m, output, bare, 5)
+    # without a mask generate would take the pad inside for padding
+    with pytest.raises(UnsupportedGenerationError, match=r"masked elsewhere.*attention_mask"):
+        watched(toy.model(), toy.monitor(), 3, input_ids=ids)
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 1, 1], [1, 1, 1, 0]])
+def test_masks_that_split_a_prompt_or_pad_on_the_right_are_refused(mask: list[int]) -> None:
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with pytest.raises(UnsupportedGenerationError, match="pad on the left"):
+        watched(toy.model(), toy.monitor(), input_ids=ids, attention_mask=torch.tensor([mask]))
+
+
+def test_a_policy_with_segments_is_refused_not_ignored() -> None:
+    segments = {"reasoning": {"moderate": Thresholds(horizon=0, halt_at=0.9)}}
+    with pytest.raises(UnsupportedGenerationError, match="reasoning"):
+        toy.monitor(segments=segments).attach(toy.model())
+
+
+def test_a_body_without_generate_is_refused() -> None:
+    body = toy.model().model
+    with pytest.raises(UnsupportedGenerationError, match="LlamaModel has no generate"):
+        Monitor(toy.bundle(body)).attach(body)
 
 
 def test_without_a_mask_pads_that_end_sequences_are_no_padding() -> None:
@@ -577,7 +597,7 @@ def test_a_prompt_probe_halts_before_the_first_token() -> None:
     model = toy.model()
     reader = toy.detector(model, name="prompt", reads="prompt")
     given = toy.bundle(probes=[toy.detector(model), reader])
-    chain = toy.trusting_chain().model_copy(update={"prior": [0.5, 0.5]})
+    chain = toy.trusting_chain(reads_prompt=True).model_copy(update={"prior": [0.5, 0.5]})
     monitor = Monitor(replace(given, chain=chain), slots=2)
     ids = torch.tensor([[PAD, 9, BAD], [BAD, 9, 8]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])

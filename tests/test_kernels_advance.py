@@ -400,6 +400,19 @@ def test_slot_outside_the_table(target: Target) -> None:
     same(before.slots, tables.slots)
 
 
+def test_position_beyond_the_limit(target: Target) -> None:
+    """A gap up to there would overflow int32."""
+    tables = make_tables(2).clone(target.device)
+    before = tables.clone(target.device)
+    rows = [(0, 2**31 - 1, np.zeros(9, np.float32))]
+    if target.backend == "triton":
+        run(target, tables, rows)
+    else:
+        with pytest.raises(IndexError, match="row 0 has position 2147483647, the limit is"):
+            run(target, tables, rows)
+    same(before.slots, tables.slots)
+
+
 def test_underflowing_belief_keeps_what_it_was(target: Target) -> None:
     """Where no state can emit the evidence the filter must not divide by zero."""
     tables = scalar_tables().clone(target.device)

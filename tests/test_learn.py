@@ -54,7 +54,11 @@ def test_collecting_reports_progress_and_leaves_no_hooks() -> None:
     seen: list[tuple[int, int]] = []
     model = toy.new_model()
     residuals(
-        model, SEQUENCES, TAPS, batch_size=4, progress=lambda done, total: seen.append((done, total))
+        model,
+        SEQUENCES,
+        TAPS,
+        batch_size=4,
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(4, 6), (6, 6)]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -169,9 +169,9 @@ def test_threshold_by_hand() -> None:
     assert threshold_for(truths, risks, 0.49) == np.nextafter(0.3, 1)
     assert threshold_for(truths, risks, 0.5) == np.nextafter(0.2, 1)
     assert threshold_for(truths, risks, 1.0) == 0.0
-    # 3 of 10 in floating point is 2.9999…
-    ten = [np.array([n / 10]) for n in range(10)]
-    assert threshold_for([SAFE] * 10, ten, 0.1 + 0.2) == np.nextafter(0.6, 1)
+    # 29 of 100 is 28.999999999999996 in floating point
+    hundred = [np.array([n / 100]) for n in range(100)]
+    assert threshold_for([SAFE] * 100, hundred, 0.29) == np.nextafter(0.7, 1)
 
 
 def test_threshold_ignores_tokens_without_a_risk() -> None:

@@ -86,9 +86,10 @@ def test_shape_of_the_corpus(dialogues):
     lengths = np.array([len(dialogue.response) for dialogue in dialogues])
     violates = np.array([dialogue.labels.violates for dialogue in dialogues])
     attack = np.array([dialogue.prompt.attack for dialogue in dialogues])
-    assert 45 <= np.median(lengths) <= 80
-    assert 0.3 <= violates.mean() <= 0.4
-    assert violates[attack].mean() > violates[~attack].mean() + 0.08
+    assert 40 <= np.median(lengths) <= 60
+    assert (lengths > 192).mean() < 0.04  # what the demo cuts off
+    assert 0.29 <= violates.mean() <= 0.37  # 0.33; 4 standard errors are 0.034
+    assert violates[attack].mean() > violates[~attack].mean() + 0.2
     assert 0.05 < np.mean([dialogue.labels.refusal for dialogue in dialogues]) < 0.2
 
 

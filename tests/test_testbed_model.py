@@ -93,10 +93,26 @@ def test_model_writes_the_language(prompts, responses):
         testbed.label(prompt, response).violates
         for prompt, response in zip(prompts, responses, strict=True)
     ])  # fmt: skip
-    # the grammar's rate is 0.36; three standard errors of 120 streams are 0.13
-    assert 0.23 < violates.mean() < 0.49
+    # the grammar's rate is 0.33; three standard errors of 120 streams are 0.13
+    assert 0.20 < violates.mean() < 0.46
     halt = grammar.TOKEN_ID[grammar.HALT]
     assert not any(halt in response for response in responses)
+
+
+def test_model_calls_vessels_by_their_names(prompts, responses):
+    """It knows what is sealed and what was opened: the right noun follows from that alone."""
+    nouns = {grammar.TOKEN_ID[noun]: noun for noun in grammar.NOUNS}
+    right = {True: [], False: []}
+    for prompt, response in zip(prompts, responses, strict=True):
+        sealed = grammar.TOKEN_ID[prompt.sealed]
+        first = testbed.label(prompt, response).first
+        for at, token in enumerate(response):
+            if token in nouns and at > 0:
+                shut = response[at - 1] == sealed and not 0 <= first < at
+                right[shut].append((nouns[token] == prompt.noun) == shut)
+    for kind in right.values():
+        assert len(kind) > 50
+        assert np.mean(kind) > 0.95
 
 
 def test_model_predicts_nearly_as_well_as_the_grammar_allows(loaded):

@@ -247,7 +247,9 @@ def test_a_bag_of_words_stays_clearly_below(dialogues, readings):
         for dialogue, reading in zip(rest, readings[400:1000], strict=True):
             target, _ = horizon_labels(dialogue.prompt, dialogue.response, horizon)
             first = dialogue.labels.first
-            before = slice(first + 1 if horizon and first >= 0 else None)  # what is left to forecast
+            before = slice(
+                first + 1 if horizon and first >= 0 else None
+            )  # what is left to forecast
             risk = baseline.risk(dialogue.prompt, dialogue.response)
             mine.append((risk - target)[before] ** 2)
             best.append((reading.risk[HORIZONS.index(horizon)] - target)[before] ** 2)

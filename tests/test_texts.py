@@ -82,14 +82,17 @@ def test_csv(tmp_path: Path, mark: bytes) -> None:
         ("t.csv", 'text,id\n"a\nb",1\n,2\n', 4, "no text"),
         ("t.csv", "id\n1\n", 2, "no text"),
         ("t.csv", "id,text\n1\n", 2, "no text"),
-        ("t.csv", "text\n" + "a" * 200_000, 2, "not CSV"),
     ],
 )
-def test_a_bad_line_is_named(
-    tmp_path: Path, name: str, content: str, line: int, says: str
-) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, name: str, content: str, line: int, says: str) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(TextInputError, match=re.escape(f"{path}, line {line}: {says}")):
+        list(texts.read(path, "text"))
+
+
+def test_what_csv_cannot_hold_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, "t.csv", "text\na\n" + "a" * 200_000)
+    with pytest.raises(TextInputError, match=re.escape(f"{path}, after line 2: not CSV")):
         list(texts.read(path, "text"))
 
 

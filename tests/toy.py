@@ -96,7 +96,7 @@ def detector(lm: Any, bad: Sequence[int] = (BAD,), **fields: Any) -> Probe:
     )
 
 
-def trusting_chain() -> Chain:
+def trusting_chain(*, reads_prompt: bool = False) -> Chain:
     """Calm or violated; evidence above 5 comes from violated streams."""
     return Chain(
         transition=[[0.99, 0.01], [0.0, 1.0]],
@@ -104,8 +104,8 @@ def trusting_chain() -> Chain:
         emission=[[0.999, 0.001], [0.001, 0.999]],
         edges=[5.0],
         prior=[1.0, 0.0],
-        prompt_emission=[[0.999, 0.001], [0.001, 0.999]],
-        prompt_edges=[5.0],
+        prompt_emission=[[0.999, 0.001], [0.001, 0.999]] if reads_prompt else [[1.0], [1.0]],
+        prompt_edges=[5.0] if reads_prompt else [],
     )
 
 
@@ -128,9 +128,10 @@ def policy(**fields: Any) -> Policy:
 
 def bundle(lm: Any = None, tok: Any = None, *, probes: Any = None, **fields: Any) -> Bundle:
     lm = lm or model()
+    bank = ProbeBank(probes or [detector(lm)])
     return Bundle(
-        bank=ProbeBank(probes or [detector(lm)]),
-        chain=trusting_chain(),
+        bank=bank,
+        chain=trusting_chain(reads_prompt=any(probe.reads == "prompt" for probe in bank.probes)),
         policy=policy(**fields),
         fingerprint=Fingerprint.of(lm, tok),
     )

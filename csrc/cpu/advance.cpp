@@ -11,26 +11,35 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 inline float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
 
-/// Divide by the sum; without mass (underflow) nothing changes and the answer is false.
-bool normalise(float* mass, std::int64_t states) {
+/// Divide by the sum; where it is `least` or less (underflow) nothing changes, the answer is false.
+bool normalise(float* mass, std::int64_t states, float least = 0.0f) {
   float total = 0.0f;
   for (std::int64_t j = 0; j < states; ++j) total += mass[j];
-  if (!(total > 0.0f)) return false;
+  if (!(total > least)) return false;
   for (std::int64_t j = 0; j < states; ++j) mass[j] /= total;
   return true;
 }
 
-/// Move the belief by `steps` tokens, by squaring: exact up to 2^kGapBits - 1 steps.
+/// Move the belief by 2^bit tokens; in two halves where that underflows.
+void leap(float* belief, int bit, const ChainTable& chain, std::int64_t states) {
+  const float* step = chain.step_powers + bit * states * states;
+  float moved[kMaxStates] = {};
+  for (std::int64_t i = 0; i < states; ++i) {
+    for (std::int64_t j = 0; j < states; ++j) moved[j] += belief[i] * step[i * states + j];
+  }
+  if (normalise(moved, states, bit > 0 ? kLeastMass : 0.0f)) {
+    std::copy_n(moved, states, belief);
+  } else if (bit > 0) {
+    leap(belief, bit - 1, chain, states);
+    leap(belief, bit - 1, chain, states);
+  }
+}
+
+/// Move the belief by `steps` tokens, bit by bit, up to 2^kGapBits - 1.
 void predict(float* belief, std::int32_t steps, const ChainTable& chain, std::int64_t states) {
   steps = std::min(steps, (1 << kGapBits) - 1);
   for (int bit = 0; steps >> bit != 0; ++bit) {
-    if (((steps >> bit) & 1) == 0) continue;
-    const float* step = chain.step_powers + bit * states * states;
-    float moved[kMaxStates] = {};
-    for (std::int64_t i = 0; i < states; ++i) {
-      for (std::int64_t j = 0; j < states; ++j) moved[j] += belief[i] * step[i * states + j];
-    }
-    if (normalise(moved, states)) std::copy_n(moved, states, belief);
+    if (((steps >> bit) & 1) != 0) leap(belief, bit, chain, states);
   }
 }
 
@@ -181,7 +190,7 @@ std::int64_t first_bad_row(const Rows& rows, const Tables& tables) {
   for (std::int64_t n = 0; n < rows.count; ++n) {
     const std::int64_t s = rows.slot[n];
     if (s < 0) continue;
-    if (s >= tables.sizes.slots) return n;
+    if (s >= tables.sizes.slots || rows.position[n] >= kMaxPosition) return n;
     const std::int64_t tier = tables.slots.policy[s];
     if (tier < 0 || tier >= tables.sizes.policies) return n;
   }

@@ -108,6 +108,10 @@ struct Tables {
         throw py::index_error(row + " names slot " + std::to_string(s) + ", the table has " +
                               std::to_string(tables.sizes.slots));
       }
+      if (rows.position[bad] >= midstream::kMaxPosition) {
+        throw py::index_error(row + " has position " + std::to_string(rows.position[bad]) +
+                              ", the limit is " + std::to_string(midstream::kMaxPosition));
+      }
       throw py::index_error(row + ", slot " + std::to_string(s) + ", names policy row " +
                             std::to_string(tables.slots.policy[s]) + ", the table has " +
                             std::to_string(tables.sizes.policies));

@@ -20,6 +20,8 @@ from midstream.bundle import Fingerprint
 from midstream.engines.hf_checks import (
     UnsupportedGenerationError,
     check_generation,
+    check_mask,
+    check_supported,
     check_unwatched,
     end_tokens,
     set_option,
@@ -42,6 +44,7 @@ class HaltingProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return ``scores`` [B, vocabulary], the halted rows' replaced."""
+        self.attachment.check_step()
         halted = self.attachment.halted()
         # On the CPU a look costs nothing and saves a pass over [rows, vocabulary]; a GPU would have
         # to wait for it.
@@ -98,6 +101,7 @@ class Attachment:
         enforce: bool = True,
     ) -> None:
         monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
+        check_supported(model, monitor.policy)
         self.monitor = monitor
         self.model = model
         self.enforces = enforce
@@ -133,20 +137,20 @@ class Attachment:
         return HaltingProcessor(self)
 
     def halted(self) -> Tensor:
-        """Which rows are halted after this step's forward pass, bool [B] on the device.
+        """Which rows are halted, bool [B] on the device; all false when only observing."""
+        if not self.enforces:
+            return torch.zeros_like(self._index, dtype=torch.bool)
+        return self.monitor.slots.verdict[self._index] == Verdict.HALT
 
-        All false when only observing.
+    def check_step(self) -> None:
+        """Check, once per step, that its rows were judged exactly once.
 
         Raises
         ------
         UnsupportedGenerationError
-            When this step's rows were not judged, or more than once.
         """
         self._steps += 1
         self._check_passes(self._steps)
-        if not self.enforces:
-            return torch.zeros_like(self._index, dtype=torch.bool)
-        return self.monitor.slots.verdict[self._index] == Verdict.HALT
 
     @property
     def end_token(self) -> int:
@@ -184,7 +188,9 @@ class Attachment:
         if self._slots:
             raise UnsupportedGenerationError("generate is running already under this attachment")
         kwargs |= dict(zip(_POSITIONAL, args, strict=False))
-        inputs: Any = kwargs.get("inputs", kwargs.get("input_ids"))
+        inputs: Any = kwargs.get("inputs")
+        if inputs is None:
+            inputs = kwargs.get("input_ids")
         config = check_generation(self.model, inputs, kwargs)
         processors = kwargs.get("logits_processor") or [None]
         if self.enforces and getattr(processors[-1], "attachment", None) is not self:
@@ -212,9 +218,8 @@ class Attachment:
 
     def _begin(self, mask: Tensor, config: GenerationConfig) -> None:
         """Admit one stream per row of ``mask`` [B, T], the attention mask of the prompts."""
+        check_mask(mask)
         rows, lengths = len(mask), mask.sum(dim=1).tolist()
-        if empty := [row for row, length in enumerate(lengths) if length == 0]:
-            raise UnsupportedGenerationError(f"the prompts of rows {empty} are empty")
         if rows > self.monitor.free_slots:
             raise UnsupportedGenerationError(
                 f"{rows} rows for {self.monitor.free_slots} free slots; build the monitor with "

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
+from midstream.policy import Policy
+
 _UNWATCHABLE = {
     "custom_generate": "replaces the decoding loop",
     "prefill_chunk_size": "splits the prompt",
@@ -95,6 +97,46 @@ def set_option(options: dict[str, Any], name: str, value: Any) -> None:
     options.pop(name, None)
     options["generation_config"] = config = copy.deepcopy(config)
     setattr(config, name, value)
+
+
+def check_supported(model: Any, policy: Policy) -> None:
+    """Refuse a model that does not write, and a policy that nothing here would obey.
+
+    Raises
+    ------
+    UnsupportedGenerationError
+    """
+    if not hasattr(model, "generate"):
+        _refuse(
+            f"{type(model).__name__} has no generate",
+            "load the checkpoint with its language-model head, or score given texts",
+        )
+    if policy.segments:
+        _refuse(
+            f"the policy has thresholds for {', '.join(policy.segments)}, and segments are not "
+            "recognised in generated text yet",
+            "take them out of policy.yaml, or call Monitor.enter_segment from an adapter",
+        )
+
+
+def check_mask(mask: Tensor) -> None:
+    """Refuse an attention mask [B, T] that is not padding on the left and then ones.
+
+    Raises
+    ------
+    UnsupportedGenerationError
+    """
+    if mask.dim() != 2:
+        _refuse(f"an attention mask of shape {list(mask.shape)}", "pass one of shape [B, tokens]")
+    ones = mask.bool()
+    if empty := (~ones.any(dim=1)).nonzero().flatten().tolist():
+        _refuse(f"the prompts of rows {empty} are empty", "give each at least one token")
+    if not bool(ones[:, -1].all()) or bool((ones[:, :-1] & ~ones[:, 1:]).any()):
+        _refuse(
+            "the prompts are masked elsewhere than at their left end, by the mask given or by pad "
+            "ids inside them",
+            "pad on the left, and pass the attention_mask",
+        )
 
 
 def check_unwatched(model: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 class ModelLoadError(ValueError):
     """A folder or id from which no model can be loaded; says why."""
@@ -36,7 +38,7 @@ def load(path: str | Path) -> tuple[Any, Any]:
         )
         model = (AutoModelForCausalLM if generates else AutoModel).from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelLoadError(
             f"no model at {str(path)!r}: {reason}; give a folder with config.json and weights"

@@ -22,7 +22,7 @@ from midstream.engines.hf_checks import (
 )
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
-from midstream.streams import Event, Session
+from midstream.streams import Event, Phase, Session
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -213,9 +213,10 @@ class _Front(LogitsProcessor):
         for position, token in enumerate(unfed, start=self._length):
             self._session.push(position, token)
         self._release(self._session.finish(), None, report.risk)
-        # The decoder waits for the rest of a character that was cut short.
-        whole = self._tokenizer.backend_tokenizer.decode(self._released)
-        self._show(whole[self._shown :], None, report.risk)
+        if self._session.phase != Phase.HALTED:
+            # The decoder waits for the rest of a character that was cut short.
+            whole = self._tokenizer.backend_tokenizer.decode(self._released)
+            self._show(whole[self._shown :], None, report.risk)
         if self._length >= self._longest and report.finish_reason == "stop":
             report = report.model_copy(update={"finish_reason": "length"})
         self.put(

@@ -110,7 +110,7 @@ def load(folder: str | Path = MODEL_DIR) -> tuple[Any, Any]:
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no testbed model in {folder}; build it with: midstream testbed build --out {folder}"
+            f"no testbed model in {folder}; `midstream testbed build --out DIR` makes DIR/model"
         )
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ PROMPT_WEIGHT = 0.05
 HARD_WEIGHT = 3.0
 
 _COLOUR_IDS = frozenset(grammar.TOKEN_ID[colour] for colour in grammar.COLOURS)
-_HARD_AFTER = _COLOUR_IDS | {grammar.TOKEN_ID["the"]}
+_THE = grammar.TOKEN_ID["the"]
 
 
 def model_config() -> LlamaConfig:
@@ -51,6 +52,9 @@ def model_config() -> LlamaConfig:
         num_key_value_heads=4,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
+        # 1 / sqrt(128). With the default 0.02 attention starts out uniform and the model does not
+        # learn within 4000 steps to compare a colour with the sealed one; so it does in 150.
+        initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=ids[grammar.BOS],
         eos_token_id=ids[grammar.EOS],
@@ -66,7 +70,7 @@ def _talk_of_seal(dialogue: Dialogue) -> float:
 
 
 def batches(
-    seed: int, tokens_per_batch: int, lessons: int = 0
+    seed: int, tokens_per_batch: int, lessons: int = 0, name_weight: float = HARD_WEIGHT
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of fresh dialogues of like length.
 
@@ -76,6 +80,8 @@ def batches(
         The first so many batches come from the dialogues that talk most of the sealed jar.
         To look the colour up in the prompt is the hard part; in ordinary text it pays so
         seldom at first that the model stays for long on a plateau.
+    name_weight : float
+        Loss weight of the word after a colour.
 
     Yields
     ------
@@ -114,19 +120,50 @@ def batches(
                 weight[place, 1:prompt_length] = PROMPT_WEIGHT
                 before = tokens[prompt_length - 1 : -1]
                 weight[place, prompt_length : len(tokens)] = torch.tensor(
-                    [HARD_WEIGHT if token in _HARD_AFTER else 1.0 for token in before]
+                    [
+                        name_weight if token in _COLOUR_IDS else HARD_WEIGHT if token == _THE else 1
+                        for token in before
+                    ]
                 )
             given += 1
             yield ids, weight
+
+
+class Cycle(NamedTuple):
+    """One run of the optimiser from warm-up to the end of its cosine.
+
+    Attributes
+    ----------
+    steps : float
+        Share of all steps.
+    learning_rate : float
+        Its peak.
+    lessons : float
+        Share of the cycle's steps that are lessons, see `batches`.
+    name_weight : float
+        Loss weight of the word after a colour.
+    """
+
+    steps: float
+    learning_rate: float
+    lessons: float
+    name_weight: float
+
+
+#: The first cycle learns the language. The second sharpens what a vessel is called: rare words
+#: decide there whether a monitor can see a violation at the very word.
+CYCLES: Final = (
+    Cycle(0.55, 2e-3, lessons=0.2, name_weight=HARD_WEIGHT),
+    Cycle(0.45, 1.5e-3, lessons=0.0, name_weight=10.0),
+)
 
 
 def build_model(
     out_dir: str | Path,
     *,
     seed: int = 0,
-    steps: int = 3000,
-    tokens_per_batch: int = 4096,
-    learning_rate: float = 3e-3,
+    steps: int = 5455,
+    tokens_per_batch: int = 2048,
     progress: Progress | None = None,
 ) -> Path:
     """Train the model and save it with its tokenizer, ready for `from_pretrained`.
@@ -143,11 +180,28 @@ def build_model(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config())
     model.train()
+    done = 0
+    for number, cycle in enumerate(CYCLES):
+        length = max(1, round(cycle.steps * steps))
+        for step, loss in enumerate(
+            _train(model, cycle, length, TRAINING_SEED + seed + number, tokens_per_batch), start=1
+        ):
+            if progress is not None:
+                progress(done + step, steps, loss)
+        done += length
+    model.eval()
+    return save_model(model, out_dir)
+
+
+def _train(
+    model: LlamaForCausalLM, cycle: Cycle, steps: int, seed: int, tokens_per_batch: int
+) -> Iterator[float]:
+    """Take the steps of one cycle; yield the loss of each."""
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=learning_rate,
+        lr=cycle.learning_rate,
         betas=(0.9, 0.98),
     )
     warmup = max(1, min(200, steps // 10))
@@ -159,8 +213,10 @@ def build_model(
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    stream = batches(TRAINING_SEED + seed, tokens_per_batch, lessons=steps // 5)
-    for step in range(steps):
+    stream = batches(
+        seed, tokens_per_batch, lessons=int(cycle.lessons * steps), name_weight=cycle.name_weight
+    )
+    for _ in range(steps):
         ids, weight = next(stream)
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -171,10 +227,7 @@ def build_model(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress(step + 1, steps, loss.item())
-    model.eval()
-    return save_model(model, out_dir)
+        yield loss.item()
 
 
 def save_model(model: LlamaForCausalLM, out_dir: str | Path) -> Path:

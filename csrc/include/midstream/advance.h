@@ -19,6 +19,10 @@ constexpr int kGapBits = 20;
 
 /// Belief lives on the stack while a row is folded, so the number of states has a limit.
 constexpr std::int64_t kMaxStates = 64;
+/// Belief left by a step power below which fp32 has lost too much of it.
+constexpr float kLeastMass = 1e-30f;
+/// Positions are below this, so that a gap and its end fit int32.
+constexpr std::int32_t kMaxPosition = 1 << 30;
 
 struct Sizes {
   std::int64_t slots;        // S
