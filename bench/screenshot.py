@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from midstream import testbed
-from midstream.engines.hf_stream import stream
+from midstream.engines.hf import stream
 from midstream.monitor import Monitor
 from midstream.show import show_stream
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from midstream.bank import ProbeBank
 from midstream.bundle import Bundle, Fingerprint
 from midstream.chain import ObservedStream, fit_by_counts
-from midstream.engines.hf_load import load
+from midstream.engines.hf import load
 from midstream.learn.collect import residuals
 from midstream.learn.logistic import fit_logistic
 from midstream.policy import Policy, Provenance, Thresholds

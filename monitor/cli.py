@@ -152,7 +152,7 @@ def watch(
     """Generate one response, live: text coloured by risk, the risk curve, verdict and cause."""
     import torch
 
-    from midstream.engines.hf_stream import stream
+    from midstream.engines.hf import stream
     from midstream.show import show_stream
 
     loaded, tokenizer, ours = _load(model, bundle)
@@ -216,7 +216,7 @@ def score(
 ) -> None:
     """Score given texts token by token, one JSON object per line in and out."""
     from midstream import texts
-    from midstream.engines.hf_score import score as score_texts
+    from midstream.engines.hf import score as score_texts
 
     loaded, tokenizer, ours = _load(model, bundle)
     records = list(texts.read(input_, field))
@@ -334,7 +334,7 @@ def _load(model: str | None, bundle: Path | None) -> tuple[Any, Any, Bundle]:
     """Model, tokenizer and bundle; the testbed's where none is named."""
     from midstream import testbed
     from midstream.bundle import Bundle, Fingerprint
-    from midstream.engines.hf_load import load
+    from midstream.engines.hf import load
 
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
@@ -347,7 +347,7 @@ def _load(model: str | None, bundle: Path | None) -> tuple[Any, Any, Bundle]:
 def _show_one(console: Console, model: Any, tokenizer: Any, monitor: Any, seed: int) -> None:
     """Stream one response to an attack, the first of the seed, as a user would see it."""
     from midstream import testbed
-    from midstream.engines.hf_stream import stream
+    from midstream.engines.hf import stream
     from midstream.show import show_stream
 
     index = next(i for i in range(1000) if testbed.sample_prompt(seed, i).attack)
@@ -379,7 +379,7 @@ def _watch_text(
     model: Any, tokenizer: Any, bundle: Bundle, path: Path, tier: str | None, as_json: bool
 ) -> None:
     from midstream import texts
-    from midstream.engines.hf_score import score as score_texts
+    from midstream.engines.hf import score as score_texts
     from midstream.show import coloured
 
     lines = texts.read_lines(path)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from midstream.engines.hf_score import TextScore
+from midstream.engines.hf.scoring import TextScore
 
 STDIO = Path("-")
 

@@ -21,8 +21,8 @@ from transformers import (
 
 from midstream.bank import Probe
 from midstream.bundle import WrongModelError
-from midstream.engines.hf_checks import UnsupportedGenerationError
-from midstream.engines.hf_score import score
+from midstream.engines.hf.checks import UnsupportedGenerationError
+from midstream.engines.hf.scoring import score
 from midstream.evidence import Ema
 from midstream.monitor import Monitor, MonitorInUseError
 from midstream.policy import PolicyError, Thresholds
@@ -406,7 +406,7 @@ def refusals() -> dict[str, tuple[dict[str, Any], str]]:
         "assisted": ({"assistant_model": toy.new_model()}, "assisted"),
         "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted"),
         "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
-        "streamer": ({"streamer": TextStreamer(toy.tokenizer())}, "streamer sees.*hf_stream"),
+        "streamer": ({"streamer": TextStreamer(toy.tokenizer())}, "streamer sees.*hf.stream"),
         "chunks": ({"prefill_chunk_size": 2}, "prefill_chunk_size splits"),
         "custom": ({"custom_generate": lambda *a, **k: None}, "custom_generate replaces"),
         "guidance": ({"guidance_scale": 1.5}, "guidance_scale runs the model"),
@@ -455,7 +455,10 @@ def test_what_cannot_be_watched_is_refused_and_leaves_nothing_behind(name: str) 
 
 def test_a_forward_pass_outside_of_generate_is_refused() -> None:
     model = toy.new_model()
-    with toy.monitor().attach(model), pytest.raises(UnsupportedGenerationError, match="hf_score"):
+    with (
+        toy.monitor().attach(model),
+        pytest.raises(UnsupportedGenerationError, match=r"engines\.hf\.score"),
+    ):
         model(torch.tensor([[9, 8]]))
     model(torch.tensor([[9, 8]]))
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from midstream.bank import Probe
 from midstream.bundle import WrongModelError
-from midstream.engines.hf_checks import UnsupportedGenerationError
-from midstream.engines.hf_score import TextScore, score
+from midstream.engines.hf.checks import UnsupportedGenerationError
+from midstream.engines.hf.scoring import TextScore, score
 from midstream.evidence import Ema
 from midstream.monitor import Monitor, MonitorInUseError, NoFreeSlotError
 from midstream.policy import PolicyError, Thresholds

@@ -16,8 +16,8 @@ from toy import BAD, EOS
 from transformers import LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
 
 from midstream.bundle import WrongModelError
-from midstream.engines.hf_checks import UnsupportedGenerationError
-from midstream.engines.hf_stream import stream
+from midstream.engines.hf import stream
+from midstream.engines.hf.checks import UnsupportedGenerationError
 from midstream.monitor import Monitor, MonitorInUseError, NoFreeSlotError
 from midstream.policy import PolicyError, Thresholds
 from midstream.streams import Event

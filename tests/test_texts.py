@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from midstream import texts
-from midstream.engines.hf_score import TextScore
+from midstream.engines.hf.scoring import TextScore
 from midstream.streams import StreamReport, Trace
 from midstream.texts import STDIO, TextInputError
 

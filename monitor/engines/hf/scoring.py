@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from midstream.bundle import Fingerprint
-from midstream.engines.hf_checks import UnsupportedGenerationError, check_unwatched, window
+from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatched, window
 from midstream.monitor import Monitor
 from midstream.streams import StreamReport
 from midstream.taps import attach_taps

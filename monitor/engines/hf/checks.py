@@ -66,7 +66,7 @@ def check_generation(model: Any, inputs: Any, options: dict[str, Any]) -> Genera
     if options.get("streamer") is not None:
         _refuse(
             "a streamer sees each token before it is judged",
-            "use midstream.engines.hf_stream.stream",
+            "use midstream.engines.hf.stream",
         )
     if config.eos_token_id is None:
         _refuse("no eos_token_id, which halted rows are given", "pass eos_token_id to generate")

@@ -13,8 +13,8 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from midstream.engines.hf import Attachment, HaltingProcessor
-from midstream.engines.hf_checks import (
+from midstream.engines.hf.attachment import Attachment, HaltingProcessor
+from midstream.engines.hf.checks import (
     UnsupportedGenerationError,
     check_window,
     set_option,

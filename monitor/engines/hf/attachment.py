@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 
 from midstream.bundle import Fingerprint
-from midstream.engines.hf_checks import (
+from midstream.engines.hf.checks import (
     UnsupportedGenerationError,
     check_generation,
     check_mask,
@@ -242,7 +242,7 @@ class Attachment:
         if not self._slots:
             raise UnsupportedGenerationError(
                 "a forward pass outside of generate has no streams to put its rows under; use "
-                "midstream.engines.hf_score.score for given texts"
+                "midstream.engines.hf.score for given texts"
             )
         ids: Tensor = kwargs["input_ids"]
         rows, tokens = self._prompt_mask.shape
