@@ -257,7 +257,8 @@ def fit_by_counts(
 ) -> Chain:
     """Fit a chain whose transient states are the evidence bins (SafetyDrift, arXiv 2603.27148).
 
-    Counts with a symmetric Dirichlet prior of total weight ``prior_count`` per row. A transient
+    Counts with a Dirichlet prior of total weight ``prior_count`` per row; that of the transitions
+    is centred on the transitions of all states together, every other one is uniform. A transient
     state emits its own bin; V emits the bins seen at violated tokens. The state of the first token
     stands for the state before it.
 
@@ -289,7 +290,10 @@ def fit_by_counts(
         first[state[0], np.searchsorted(prompt_edges, stream.prompt_log_hazard, side="right")] += 1
 
     stay = np.eye(k + 1)
-    transition = _dirichlet_mean(moves, prior_count, stay)
+    # Centred on where streams go at all: a uniform prior would find it as likely that a calm stream
+    # jumps into a bin only violated streams are in as that it violates.
+    pooled = moves[:k].sum(axis=0) + 1 / (k + 1)
+    transition = _dirichlet_mean(moves, prior_count, stay, pooled / pooled.sum())
     transition[k] = stay[k]
     ends_or_goes_on = np.stack([ends, moves.sum(axis=1)], axis=1)
     anywhere = np.full_like(first, 1 / first.shape[1])
@@ -304,8 +308,16 @@ def fit_by_counts(
     )
 
 
-def _dirichlet_mean(counts: Array, prior_count: float, otherwise: Array | float = 0.0) -> Array:
-    """Posterior mean of each row, or that of ``otherwise`` where the row has no mass at all."""
-    mass = counts + prior_count / counts.shape[1]
+def _dirichlet_mean(
+    counts: Array,
+    prior_count: float,
+    otherwise: Array | float = 0.0,
+    center: Array | None = None,
+) -> Array:
+    """Posterior mean of each row, or that of ``otherwise`` where the row has no mass at all.
+
+    ``center`` is the mean of the prior, uniform when not given.
+    """
+    mass = counts + prior_count * (1 / counts.shape[1] if center is None else center)
     total = mass.sum(axis=1, keepdims=True)
     return np.where(total > 0, mass / np.where(total > 0, total, 1.0), otherwise)

@@ -43,6 +43,26 @@ def replay(
     return monitor.retire(slot)
 
 
+def evidence_curve(
+    monitor: Monitor, hidden: Mapping[Tap, NDArray[np.float32]], prompt_tokens: int
+) -> NDArray[np.float32]:
+    """Evidence of every probe after each token of one recorded stream, [tokens, P].
+
+    The rows are fed one by one, so the kernels themselves do the smoothing.
+    """
+    slot = monitor.admit("replay", prompt_tokens)
+    streams = {tap: torch.from_numpy(rows).to(monitor.device) for tap, rows in hidden.items()}
+    where = torch.tensor([slot], dtype=torch.int32, device=monitor.device)
+    curve = []
+    for position in range(min(map(len, streams.values()))):
+        for tap, rows in streams.items():
+            monitor.observe(tap, rows[position : position + 1])
+        monitor.advance(where, torch.full_like(where, position))
+        curve.append(monitor.slots.evidence[slot].cpu().numpy().copy())
+    monitor.retire(slot)
+    return np.stack(curve)
+
+
 def risk_curve(report: StreamReport) -> NDArray[np.float64]:
     """Risk at the end of the prompt and at each response token, [response tokens + 1].
 

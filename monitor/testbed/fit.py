@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.bank import ProbeBank
+from midstream.bank import Probe, ProbeBank
 from midstream.bundle import Bundle, Fingerprint
 from midstream.chain import Chain, ObservedStream, fit_by_counts
-from midstream.evidence import Max
+from midstream.evidence import Ema, Max
 from midstream.learn.collect import residuals
 from midstream.learn.logistic import fit_logistic
 from midstream.measure.halting import (
@@ -21,7 +21,7 @@ from midstream.measure.halting import (
     first_crossing,
     threshold_for,
 )
-from midstream.measure.replay import replay, risk_curve
+from midstream.measure.replay import evidence_curve, replay, risk_curve
 from midstream.monitor import Monitor
 from midstream.policy import OnHalt, Policy, Provenance, Thresholds
 from midstream.taps import Tap
@@ -37,20 +37,28 @@ HORIZON = 24
 ORACLE_HALT_AT = 0.5
 """Risk at which the oracle halts: a violation within the horizon is more likely than not."""
 
-DETECT_AT = 0.9
-"""Belief that the violation has happened at which detection halts.
-
-High, so that no forecasting tier can be milder; the belief is next to 0 or 1 anyway.
-"""
+DETECT_AT = 0.5
+"""Belief that the violation has happened at which detection halts: more likely than not."""
 
 LAYER = 3
 """Decoder layer whose output the probes read, the last: all that the model knows is there."""
 
 HAZARD = "sealed vessel opened"
 
-# Evenly spaced in the log-odds of the combined hazard, from 1 % to 99.9 %, where the risk moves;
-# two more for the far ends, above which only violated streams are.
-_BIN_LOG_ODDS = (*np.linspace(-4.6, 3.4, 17), 5.0, 7.0)
+# Evenly spaced in the log-odds of the combined hazard, from 1 % to 97 %, where the risk moves; and
+# the level above which only violated streams are.
+_BIN_LOG_ODDS = (*np.linspace(-4.6, 3.4, 17), 5.0)
+
+# The chain of a bundle whose own is still to be fitted: replaying evidence does not look at it.
+_UNFITTED = Chain(
+    transition=[[0.5, 0.5], [0.0, 1.0]],
+    ending=[0.5, 0.5],
+    emission=[[1.0], [1.0]],
+    edges=[],
+    prior=[1.0, 0.0],
+    prompt_emission=[[1.0], [1.0]],
+    prompt_edges=[],
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -123,15 +131,16 @@ def build_bundle(
     progress("fit", 0, 3)
     bank = _fit_probes(tap, written[:half], hidden[:half])
     progress("fit", 1, 3)
-    chain = _fit_chain(bank, tap, written[half:three_quarters], hidden[half:three_quarters])
-    progress("fit", 2, 3)
     bundle = Bundle(
         bank=bank,
-        chain=chain,
+        chain=_UNFITTED,
         policy=_policy(halt_at=0.5, strict_at=0.5),
         fingerprint=Fingerprint.of(model, tokenizer),
         notes={"made for": "the testbed's model", "streams": streams, "seed": seed},
     )
+    chain = _fit_chain(bundle, tap, written[half:three_quarters], hidden[half:three_quarters])
+    bundle = replace(bundle, chain=chain)
+    progress("fit", 2, 3)
     policy = _fit_policy(bundle, tap, written[three_quarters:], hidden[three_quarters:])
     progress("fit", 3, 3)
     return bundle.with_policy(policy)
@@ -160,48 +169,68 @@ def _fit_probes(
     violates = np.array([stream.truth.violates for stream in written])
     return ProbeBank(
         [
-            # It knows the violating token, and MAX remembers. The classes part, so a weak penalty
-            # lets the logit grow until it is sure.
-            fit_logistic(
-                "violated",
-                HAZARD,
-                tap,
+            _sharpened(
+                fit_logistic(
+                    "violated",
+                    HAZARD,
+                    tap,
+                    x[violating],
+                    np.concatenate(now)[violating],
+                    strength=10.0,
+                    evidence=Max(),  # it knows the violating token, MAX remembers it
+                ),
                 x[violating],
                 np.concatenate(now)[violating],
-                strength=10.0,
-                evidence=Max(),
             ),
-            fit_logistic("drift", HAZARD, tap, x[forecast], np.concatenate(soon)[forecast]),
+            # Its logit depends on the place in the clause, too; the average is what drifts.
+            fit_logistic(
+                "drift",
+                HAZARD,
+                tap,
+                x[forecast],
+                np.concatenate(soon)[forecast],
+                evidence=Ema(alpha=0.5),
+            ),
             fit_logistic("prompt", HAZARD, tap, last_of_prompt, violates, reads="prompt"),
         ]
     )
 
 
-def _log_hazards(
-    bank: ProbeBank, tap: Tap, stream: WrittenStream, rows: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], float]:
-    """Cumulative log-hazard at each response token, and of the prompt, as the kernels sum it."""
-    logits = rows @ bank.weight(tap).numpy().T + bank.bias(tap).numpy()
-    start = len(stream.prompt.ids)
-    for column, probe in enumerate(bank.probes):
-        if isinstance(probe.evidence, Max):
-            logits[start:, column] = np.maximum.accumulate(logits[start:, column])
-    hazards = np.logaddexp(0.0, logits.astype(np.float64))  # softplus
-    reads = np.array([probe.reads == "response" for probe in bank.probes])
-    return hazards[start:, reads].sum(axis=1), float(hazards[start - 1, ~reads].sum())
+def _sharpened(probe: Probe, rows: NDArray[np.float32], labels: NDArray[np.bool_]) -> Probe:
+    """Stretch the logits of a probe whose classes part, so that its hazard is next to 0 or 1.
+
+    All probes share one axis, the cumulative log-hazard. There the drift takes the range up to
+    about 4, and whatever says that the violation has happened must lie beyond it: 6 below zero for
+    all but one in 10,000 other tokens, 6 above for all but 1 % of the violating ones.
+    """
+    logits = rows @ probe.weight.numpy() + probe.bias
+    low, high = np.quantile(logits[~labels], 0.9999), np.quantile(logits[labels], 0.01)
+    slope = 12.0 / max(high - low, 1.0)
+    middle = (low + high) / 2
+    return replace(probe, weight=probe.weight * slope, bias=float((probe.bias - middle) * slope))
 
 
 def _fit_chain(
-    bank: ProbeBank,
+    bundle: Bundle,
     tap: Tap,
     written: Sequence[WrittenStream],
     hidden: Sequence[NDArray[np.float32]],
 ) -> Chain:
+    monitor = Monitor(bundle, slots=1, trace=0)
+    reads = np.array([probe.reads == "response" for probe in bundle.bank.probes])
     observed = []
     for stream, rows in zip(written, hidden, strict=True):
-        log_hazard, of_prompt = _log_hazards(bank, tap, stream, rows)
-        violated = np.arange(stream.truth.tokens) >= stream.truth.violates_at
-        observed.append(ObservedStream(log_hazard, violated, stream.truth.ended, of_prompt))
+        start = len(stream.prompt.ids)
+        # softplus; every probe's center is 0
+        hazards = np.logaddexp(0.0, evidence_curve(monitor, {tap: rows}, start).astype(float))
+        observed.append(
+            ObservedStream(
+                log_hazard=hazards[start:, reads].sum(axis=1),
+                violated=np.arange(stream.truth.tokens) >= stream.truth.violates_at,
+                ended=stream.truth.ended,
+                prompt_log_hazard=float(hazards[start - 1, ~reads].sum()),
+            )
+        )
     edges = np.logaddexp(0.0, np.array(_BIN_LOG_ODDS))  # Lambda = softplus(log-odds)
     prompts = np.array([stream.prompt_log_hazard for stream in observed])
     prompt_edges = np.unique(np.quantile(prompts, [0.2, 0.4, 0.6, 0.8]))
