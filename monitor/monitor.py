@@ -229,7 +229,7 @@ class Monitor:
             if self._observed:
                 raise RowError(f"{rows} slots for the {self._rows} rows that were observed")
             self._set_rows(rows)
-        self._advance(self._logits[:rows], slot, position)
+        self._advance(self._used, slot, position)
         self._observed = False
 
     def session(self, slot: int) -> Session[Any]:
@@ -304,5 +304,5 @@ class Monitor:
     def _set_rows(self, rows: int) -> None:
         if rows > self._logits.shape[0]:
             self.reserve(rows)
-        self._rows = rows
+        self._rows, self._used = rows, self._logits[:rows]
         self._outs = {tap: self._logits[:rows, self.bank.columns(tap)] for tap in self.bank.taps}
