@@ -105,16 +105,14 @@ def load(folder: str | Path = MODEL_DIR) -> tuple[Any, Any]:
     FileNotFoundError
         If the folder holds no model; the message says how to build one.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from midstream.engines.hf.loading import load as load_model
 
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"no testbed model in {folder}; `midstream testbed build --out DIR` makes DIR/model"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer
+    return load_model(folder)
 
 
 def load_bundle(folder: str | Path = BUNDLE_DIR) -> Bundle:
