@@ -14,7 +14,7 @@ from rich.console import Console
 from midstream import testbed
 from midstream.engines.hf import stream
 from midstream.monitor import Monitor
-from midstream.show import show_stream
+from midstream.show import StreamView
 
 
 def main() -> None:
@@ -28,7 +28,10 @@ def main() -> None:
     torch.manual_seed(seed)
     monitor = Monitor(testbed.load_bundle(), slots=1)
     events = stream(model, tokenizer, messages, monitor, do_sample=True, top_k=0)
-    show_stream(console, "assistant", events)
+    view = StreamView("assistant")
+    for event in events:
+        view.take(event)
+    console.print(view.render(console.width))  # the last frame; Live would leave others in between
     console.save_svg(path, title=f"midstream watch --seed {seed}")
 
 
