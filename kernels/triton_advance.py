@@ -86,10 +86,10 @@ def _predict(belief, steps, step_powers, STATES: tl.constexpr, BLOCK_STATES: tl.
     real = (k < STATES)[:, None] & (k < STATES)[None, :]
     left = tl.minimum(steps, _MOST_STEPS)
     bit = 0
-    while left > 0:
-        level = bit
-        leaps = left % 2
-        while leaps > 0:
+    level = 0
+    leaps = left % 2  # of 2**level steps, still to be made for this bit
+    while left > 0:  # one loop: a nested one spilled for K = 63 on sm_80
+        if leaps > 0:
             power = step_powers + level * STATES * STATES
             step = tl.load(power + at, mask=real, other=0.0)
             moved = tl.sum(belief[:, None] * step, axis=0)
@@ -99,8 +99,11 @@ def _predict(belief, steps, step_powers, STATES: tl.constexpr, BLOCK_STATES: tl.
             else:
                 belief = _normalise(moved, belief)
                 leaps -= 1
-        bit += 1
-        left = left // 2
+        else:
+            bit += 1
+            level = bit
+            left = left // 2
+            leaps = left % 2
     return belief
 
 

@@ -396,8 +396,9 @@ def test_counts_by_hand():
 
 def test_counts_with_a_prior():
     chain = fit_by_counts(HAND_MADE, [1.0], prompt_edges=[1.5], prior_count=3.0)
+    # the moves of both states together are 2, 2 and 1; the prior's 3 counts are centred on them
     np.testing.assert_allclose(
-        chain.transition, [[2 / 6, 3 / 6, 1 / 6], [0.4, 0.2, 0.4], [0, 0, 1]]
+        chain.transition, [[13 / 36, 19 / 36, 4 / 36], [13 / 30, 7 / 30, 10 / 30], [0, 0, 1]]
     )
     np.testing.assert_allclose(chain.ending, [2.5 / 7, 1.5 / 5, 2.5 / 4])
     np.testing.assert_allclose(chain.emission, [[1, 0], [0, 1], [1.5 / 4, 2.5 / 4]])

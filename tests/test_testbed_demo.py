@@ -262,7 +262,7 @@ def test_streams_that_are_cut_off_have_whole_figures() -> None:
         assert np.isnan(risk).tolist() == [False] * truth.tokens + [not truth.ended]
     # each live halt is where the observed risk first reaches the tier's threshold
     for mode, tier in demo.MODES.items():
-        assert {NEVER} < set(run.halts[mode])
+        assert set(run.halts[mode]) != {NEVER}  # some are halted
         if bundle.policy.tiers[tier].horizon == HORIZON:  # the tier that was observed
             assert run.halts[mode] == [first_crossing(risk, 0.5) for risk in run.risks]
     figures = demo.figures(run, backend="reference", overhead=COST)
