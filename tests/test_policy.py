@@ -1,6 +1,7 @@
 """Policies: what is accepted, what is refused by name, and the table the kernels are given."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,3 +405,9 @@ def test_unscored_tokens_pass_or_halt_when_the_policy_says_so():
     assert verdicts({"halt_at": 0.9}, [0.1, None, 0.1], "pass") == [C, C, C]
     assert verdicts({"halt_at": 0.9, "hold_at": 0.5}, [0.6, None, 0.1], "pass") == [H, H, C]
     assert verdicts({"halt_at": 0.9}, [0.1, None, 0.1], "halt") == [C, X, X]
+
+
+def test_the_example_in_the_docs_is_a_policy() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "bundle.md").read_text(encoding="utf-8")
+    policy = Policy.from_yaml(text.split("```yaml\n")[1].split("```")[0])
+    assert list(policy.segments) == ["reasoning"]
