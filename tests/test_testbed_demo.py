@@ -285,15 +285,16 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_a_disturbed_stream_is_reported(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the monitor drew a random number: watched runs then write other tokens."""
     model, tokenizer, bundle = ignorant()
-    attach = Monitor.attach
+    attach, reseed = Monitor.attach, torch.manual_seed
 
     def disturbing(self: Monitor, *args: Any, **options: Any) -> Any:
         if (mode == "observed") == (options.get("enforce") is False):
-            monkeypatch.setattr(torch, "manual_seed", lambda seed: torch.random.seed())
+            monkeypatch.setattr(torch, "manual_seed", lambda seed: reseed(seed + 1))
         return attach(self, *args, **options)
 
     monkeypatch.setattr(Monitor, "attach", disturbing)
-    with pytest.raises(demo.DisturbedError, match="observing" if mode == "observed" else "detect"):
+    says = "observing changed" if mode == "observed" else "wrote other tokens than unmonitored"
+    with pytest.raises(demo.DisturbedError, match=says):
         demo.run(model, tokenizer, Monitor(bundle, slots=4), streams=4, seed=1)
 
 
