@@ -7,10 +7,11 @@ used or refused, never replaced.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -21,6 +22,12 @@ BoundScore = Callable[[Tensor, Tensor], None]
 
 BoundAdvance = Callable[[Tensor, Tensor, Tensor], None]
 """``advance(logits, slot, position)`` of one monitor."""
+
+BoundScoreAdvance = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""``score_advance(hidden, logits, slot, position)`` of one monitor with one tap."""
+
+BoundNormScore = Callable[[Tensor, Tensor, Tensor, float, Tensor], None]
+"""``add_rms_norm_score(x, residual, gamma, norm_eps, out)`` of one tap."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,12 @@ class Capability:
 
 @dataclass(frozen=True)
 class Bindings:
-    """The two functions by which every backend offers its ops."""
+    """The functions by which every backend offers its ops."""
 
     bind_score: Callable[..., BoundScore]
     bind_advance: Callable[..., BoundAdvance]
+    bind_score_advance: Callable[..., BoundScoreAdvance]
+    bind_add_rms_norm_score: Callable[..., BoundNormScore]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -85,17 +94,8 @@ def resolve(device: torch.device | str, backend: str | None = None) -> str:
 @cache
 def load(name: str) -> Bindings:
     """Import a backend that :func:`resolve` has named."""
-    if name == "cpu":
-        from midstream.kernels import cpu
-
-        return Bindings(cpu.bind_score, cpu.bind_advance)
-    if name == "triton":
-        from midstream.kernels import triton_advance, triton_score
-
-        return Bindings(triton_score.bind_score, triton_advance.bind_advance)
-    from midstream.kernels import reference
-
-    return Bindings(reference.bind_score, reference.bind_advance)
+    module = importlib.import_module(f"midstream.kernels.{name}")
+    return Bindings(*(getattr(module, field.name) for field in fields(Bindings)))
 
 
 def triton_interprets() -> bool:

@@ -175,7 +175,12 @@ def _check_field(
 
 
 def check_score_call(
-    hidden: Tensor, out: Tensor, probes: int, width: int, device: torch.device
+    hidden: Tensor,
+    out: Tensor,
+    probes: int,
+    width: int,
+    device: torch.device,
+    name: str = "hidden",
 ) -> tuple[int, int, int]:
     """Check the arguments of one call of ``score``; return rows and the row strides of both."""
     shape, stride, out_stride = hidden.shape, hidden.stride(), out.stride()
@@ -191,30 +196,90 @@ def check_score_call(
         and out.device == device
     ):
         return shape[0], stride[0], out_stride[0]
-    _explain_score_call(hidden, out, probes, width, device)
+    _explain_score_call(hidden, out, probes, width, device, name)
 
 
 def _explain_score_call(
-    hidden: Tensor, out: Tensor, probes: int, width: int, device: torch.device
+    hidden: Tensor, out: Tensor, probes: int, width: int, device: torch.device, name: str
 ) -> NoReturn:
     if hidden.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"hidden is {hidden.dtype}, expected float32, float16 or bfloat16")
+        raise TypeError(f"{name} is {hidden.dtype}, expected float32, float16 or bfloat16")
     if out.dtype is not _F32:
         raise TypeError(f"out is {out.dtype}, expected torch.float32")
     if hidden.ndim != 2 or hidden.shape[1] != width:
         raise ValueError(
-            f"hidden has shape {list(hidden.shape)}, expected [N, {width}]: "
+            f"{name} has shape {list(hidden.shape)}, expected [N, {width}]: "
             f"weight is [{probes}, {width}]"
         )
     if out.shape != (hidden.shape[0], probes):
         raise ValueError(f"out has shape {list(out.shape)}, expected {[hidden.shape[0], probes]}")
-    for name, tensor in (("hidden", hidden), ("out", out)):
+    for given, tensor in ((name, hidden), ("out", out)):
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, weight is on {device}")
+            raise ValueError(f"{given} is on {tensor.device}, weight is on {device}")
         if tensor.stride(1) != 1:
             raise ValueError(
-                f"{name} has strides {tensor.stride()}, expected the last dimension contiguous"
+                f"{given} has strides {tensor.stride()}, expected the last dimension contiguous"
             )
+    raise AssertionError("an argument was refused that none of the demands above names")
+
+
+def check_score_advance(weight: Tensor, bias: Tensor, slots: SlotTable) -> None:
+    """Check that the probes of the one tap are those of the slot table.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_probes`, and if the slot table is for another number of probes.
+    """
+    check_probes(weight, bias)
+    if slots.evidence.ndim == 2 and slots.evidence.shape[1] != len(weight):
+        raise ValueError(
+            f"weight is {list(weight.shape)} and the slot table has {slots.evidence.shape[1]} "
+            "probes; score_advance is for a bank whose probes all read one tap, use score and "
+            "advance"
+        )
+
+
+def check_norm_call(
+    x: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    out: Tensor,
+    probes: int,
+    width: int,
+    device: torch.device,
+) -> tuple[int, int, int, int]:
+    """Check a call of ``add_rms_norm_score``; return rows and the strides of x, residual, out."""
+    rows, stride, out_stride = check_score_call(residual, out, probes, width, device, "residual")
+    x_stride = x.stride()
+    if (
+        x.dtype is residual.dtype
+        and gamma.dtype is residual.dtype
+        and x.shape == residual.shape
+        and gamma.shape == (width,)
+        and (x_stride[1] == 1 or width == 1 or not rows)
+        and gamma.is_contiguous()
+        and x.device == device
+        and gamma.device == device
+    ):
+        return rows, x_stride[0], stride, out_stride
+    _explain_norm_call(x, residual, gamma, width, device)
+
+
+def _explain_norm_call(
+    x: Tensor, residual: Tensor, gamma: Tensor, width: int, device: torch.device
+) -> NoReturn:
+    if x.dtype is not residual.dtype:
+        raise TypeError(f"x is {x.dtype}, expected {residual.dtype} as residual is")
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, expected {list(residual.shape)} as residual has"
+        )
+    if x.device != device:
+        raise ValueError(f"x is on {x.device}, weight is on {device}")
+    if x.stride(1) != 1 and len(x) > 0:
+        raise ValueError(f"x has strides {x.stride()}, expected the last dimension contiguous")
+    _check_field("gamma", gamma, residual.dtype, torch.Size([width]), device)
     raise AssertionError("an argument was refused that none of the demands above names")
 
 

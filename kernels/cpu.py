@@ -18,6 +18,10 @@ from midstream.kernels.checks import (
     check_score_call,
     check_tables,
 )
+from midstream.kernels.reference import (  # noqa: F401
+    bind_add_rms_norm_score,
+    bind_score_advance,
+)
 from midstream.kernels.tables import ChainTable, EvidenceTable, PolicyTable, SlotTable
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

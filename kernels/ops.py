@@ -1,15 +1,12 @@
-"""The ops ``score`` and ``advance`` on whichever backend the dispatch rule names.
+"""The ops on whichever backend the dispatch rule names: score, advance, and the two fused ones.
 
 Three ways to the same result:
 
-* :func:`score` and :func:`advance`: plain calls that check everything each time;
-* :meth:`Backend.bind_score` and :meth:`Backend.bind_advance`: weights and tables are checked once,
-  and a callable comes back whose calls cost a few microseconds: what a monitor keeps;
-* ``torch.ops.midstream.score`` and ``torch.ops.midstream.advance``: what ``torch.compile`` sees.
-  The other two lead there by themselves while a graph is traced, so that nothing breaks it.
-
-The ops are registered with ``torch.library.Library``: a call through it costs some 2 us, through
-``torch.library.custom_op`` 14 us (measured with torch 2.13).
+* :func:`score`, :func:`advance`, ...: plain calls that check everything each time;
+* :meth:`Backend.bind_score`, :meth:`Backend.bind_advance`, ...: weights and tables are checked
+  once, and a callable comes back whose calls cost a few microseconds: what a monitor keeps;
+* ``torch.ops.midstream.score``, ...: what ``torch.compile`` sees, see :mod:`.library`. The other
+  two lead there by themselves while a graph is traced, so that nothing breaks it.
 
 Inductor (seen with torch 2.13; pytorch issue 198031) drops a ``clone()`` of a tensor that an op
 changes afterwards. A compiled step that wants logits to survive ``advance`` must not rely on it;
@@ -18,15 +15,18 @@ the trace of the slot table keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from midstream.kernels import library
 from midstream.kernels.backends import (
     BackendUnavailableError,
     BoundAdvance,
+    BoundNormScore,
     BoundScore,
+    BoundScoreAdvance,
     Capability,
     capabilities,
     load,
@@ -38,12 +38,16 @@ __all__ = [
     "Backend",
     "BackendUnavailableError",
     "BoundAdvance",
+    "BoundNormScore",
     "BoundScore",
+    "BoundScoreAdvance",
     "Capability",
+    "add_rms_norm_score",
     "advance",
     "capabilities",
     "resolve",
     "score",
+    "score_advance",
 ]
 
 
@@ -111,6 +115,60 @@ class Backend:
 
         return advance
 
+    def bind_score_advance(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        slots: SlotTable,
+        evidence: EvidenceTable,
+        chain: ChainTable,
+        policy: PolicyTable,
+        *,
+        rms_norm: bool = False,
+        eps: float = 1e-6,
+    ) -> BoundScoreAdvance:
+        """Check all once; return ``score_advance(hidden, logits, slot, position)``.
+
+        For a monitor whose probes all read one tap. ``logits`` is fp32 [N, P] to work in.
+        """
+        tables = (slots, evidence, chain, policy)
+        options = {"rms_norm": rms_norm, "eps": eps}
+        eager = self._bindings.bind_score_advance(weight, bias, *tables, **options)
+        tensors = [table.tensors() for table in tables]
+
+        def score_advance(hidden: Tensor, logits: Tensor, slot: Tensor, position: Tensor) -> None:
+            if torch.compiler.is_compiling():
+                rows = (logits, slot, position)
+                torch.ops.midstream.score_advance(
+                    hidden, weight, bias, *rows, *tensors, **options, backend=self.name
+                )
+            else:
+                eager(hidden, logits, slot, position)
+
+        return score_advance
+
+    def bind_add_rms_norm_score(
+        self, weight: Tensor, bias: Tensor, *, rms_norm: bool = False, eps: float = 1e-6
+    ) -> BoundNormScore:
+        """Check the probes once; return ``add_rms_norm_score(x, residual, gamma, norm_eps, out)``.
+
+        ``rms_norm`` and ``eps`` are those of the probes, ``norm_eps`` is that of the model's norm.
+        """
+        options = {"rms_norm": rms_norm, "eps": eps}
+        eager = self._bindings.bind_add_rms_norm_score(weight, bias, **options)
+
+        def add_rms_norm_score(
+            x: Tensor, residual: Tensor, gamma: Tensor, norm_eps: float, out: Tensor
+        ) -> None:
+            if torch.compiler.is_compiling():
+                torch.ops.midstream.add_rms_norm_score(
+                    x, residual, gamma, norm_eps, weight, bias, out, **options, backend=self.name
+                )
+            else:
+                eager(x, residual, gamma, norm_eps, out)
+
+        return add_rms_norm_score
+
 
 def score(
     hidden: Tensor,
@@ -154,7 +212,7 @@ def score(
             hidden, weight, bias, out, rms_norm=rms_norm, eps=eps, backend=backend
         )
     else:
-        _score(hidden, weight, bias, out, rms_norm=rms_norm, eps=eps, backend=backend)
+        library.score(hidden, weight, bias, out, rms_norm=rms_norm, eps=eps, backend=backend)
 
 
 def advance(
@@ -193,35 +251,63 @@ def advance(
         If a slot or its policy row is outside its table, before anything is changed. On a GPU,
         where looking would need a host sync, ``triton`` treats such a row as padding.
     """
+    tables = (table.tensors() for table in (slots, evidence, chain, policy))
     if torch.compiler.is_compiling():
-        torch.ops.midstream.advance(
-            logits,
-            slot,
-            position,
-            slots.tensors(),
-            evidence.tensors(),
-            chain.tensors(),
-            policy.tensors(),
-            backend=backend,
-        )
+        torch.ops.midstream.advance(logits, slot, position, *tables, backend=backend)
     else:
-        bind = load(resolve(logits.device, backend)).bind_advance
-        bind(slots, evidence, chain, policy)(logits, slot, position)
+        library.advance(logits, slot, position, *tables, backend=backend)
 
 
-_LIBRARY = torch.library.Library("midstream", "DEF")
-_LIBRARY.define(
-    "score(Tensor hidden, Tensor weight, Tensor bias, Tensor(a!) out, *, bool rms_norm=False, "
-    "float eps=1e-6, str? backend=None) -> ()"
-)
-_LIBRARY.define(
-    "advance(Tensor(a!) logits, Tensor slot, Tensor position, Tensor(b!)[] slots, "
-    "Tensor[] evidence, Tensor[] chain, Tensor[] policy, *, str? backend=None) -> ()"
-)
-
-
-def _score(
+def score_advance(
     hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    logits: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    slots: SlotTable,
+    evidence: EvidenceTable,
+    chain: ChainTable,
+    policy: PolicyTable,
+    *,
+    rms_norm: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> None:
+    """Do ``score(hidden, ..., logits)`` and ``advance(logits, ...)`` in one call, to the same bits.
+
+    For a monitor whose probes all read one tap.
+
+    Parameters
+    ----------
+    logits : fp32 [N, P]
+        To work in; rows may be strided. NaN afterwards.
+    hidden, weight, bias, rms_norm, eps
+        As for :func:`score`.
+    slot, position, slots, evidence, chain, policy
+        As for :func:`advance`.
+    backend
+        A backend by name; by default the dispatch rule chooses.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError, BackendUnavailableError
+        As the two.
+    """
+    options: dict[str, Any] = {"rms_norm": rms_norm, "eps": eps, "backend": backend}
+    rows = (hidden, weight, bias, logits, slot, position)
+    tables = (table.tensors() for table in (slots, evidence, chain, policy))
+    if torch.compiler.is_compiling():
+        torch.ops.midstream.score_advance(*rows, *tables, **options)
+    else:
+        library.score_advance(*rows, *tables, **options)
+
+
+def add_rms_norm_score(
+    x: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    norm_eps: float,
     weight: Tensor,
     bias: Tensor,
     out: Tensor,
@@ -230,32 +316,32 @@ def _score(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> None:
-    bind = load(resolve(hidden.device, backend)).bind_score
-    bind(weight, bias, rms_norm=rms_norm, eps=eps)(hidden, out)
+    """Add ``x`` to the residual stream, normalise, and score the sum: a drop-in at a tapped layer.
 
+    See :func:`midstream.kernels.reference.add_rms_norm_score`, which defines the result.
 
-def _advance(
-    logits: Tensor,
-    slot: Tensor,
-    position: Tensor,
-    slots: Sequence[Tensor],
-    evidence: Sequence[Tensor],
-    chain: Sequence[Tensor],
-    policy: Sequence[Tensor],
-    *,
-    backend: str | None = None,
-) -> None:
-    bind = load(resolve(logits.device, backend)).bind_advance
-    tables = SlotTable(*slots), EvidenceTable(*evidence), ChainTable(*chain), PolicyTable(*policy)
-    bind(*tables)(logits, slot, position)
+    Parameters
+    ----------
+    x : bf16, fp16 or fp32 [N, d]
+        Normed rows afterwards.
+    residual : [N, d], the dtype of ``x``
+        The sum afterwards.
+    gamma : [d], the dtype of ``x``
+    norm_eps : float
+        Of the model's norm.
+    weight, bias, out, rms_norm, eps
+        As for :func:`score`, whose ``hidden`` is the sum.
+    backend
+        A backend by name; by default the dispatch rule chooses.
 
-
-def _nothing(*args: object, **kwargs: object) -> None:
-    """Both ops only write into their arguments: without data there is nothing to do."""
-
-
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("score", _score, _key)
-    _LIBRARY.impl("advance", _advance, _key)
-torch.library.register_fake("midstream::score", _nothing, lib=_LIBRARY)
-torch.library.register_fake("midstream::advance", _nothing, lib=_LIBRARY)
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As :func:`score`.
+    """
+    options: dict[str, Any] = {"rms_norm": rms_norm, "eps": eps, "backend": backend}
+    arguments = (x, residual, gamma, norm_eps, weight, bias, out)
+    if torch.compiler.is_compiling():
+        torch.ops.midstream.add_rms_norm_score(*arguments, **options)
+    else:
+        library.add_rms_norm_score(*arguments, **options)
