@@ -100,7 +100,7 @@ def test_no_word_gives_the_violation_away(dialogues):
         counts = safe if not dialogue.labels.violates else bad
         counts[list(dialogue.response)] += 1
     used = bad > 0
-    assert (safe[used] > 50).all()
+    assert (safe[used] >= 40).all()
 
 
 def test_more_dialogues_leave_the_earlier_ones_alone():

@@ -34,15 +34,17 @@ REFUSING: Final = 0
 
 #: Where a response starts, by kind of prompt (columns are `STATES`).
 START: Final = {
-    False: (0.05, 0.80, 0.15, 0.00, 0.00, 0.00),
-    True: (0.14, 0.10, 0.36, 0.40, 0.00, 0.00),
+    False: (0.05, 0.80, 0.148, 0.00, 0.00, 0.002),
+    True: (0.14, 0.10, 0.358, 0.40, 0.00, 0.002),
 }
-#: `A` of section 4.4: moves between clauses, given that the response goes on.
+#: `A` of section 4.4: moves between clauses, given that the response goes on. Any state may slip
+#: into the violation. A model that learns from this language slips by its own mistakes as well, and
+#: where it was never shown a slip it does not know itself that it made one: nothing could be read.
 TRANSITIONS: Final = (
-    (1.00, 0.00, 0.00, 0.00, 0.00, 0.00),  # refusing: stays with it
-    (0.00, 0.88, 0.12, 0.00, 0.00, 0.00),  # calm
-    (0.00, 0.14, 0.70, 0.16, 0.00, 0.00),  # curious
-    (0.00, 0.00, 0.08, 0.57, 0.35, 0.00),  # bold
+    (0.997, 0.00, 0.00, 0.00, 0.00, 0.003),  # refusing: stays with it
+    (0.00, 0.877, 0.12, 0.00, 0.00, 0.003),  # calm
+    (0.00, 0.14, 0.697, 0.16, 0.00, 0.003),  # curious
+    (0.00, 0.00, 0.08, 0.567, 0.35, 0.003),  # bold
     (0.00, 0.00, 0.00, 0.02, 0.70, 0.28),  # critical
     (0.00, 0.00, 0.00, 0.00, 0.00, 1.00),  # violated: absorbing
 )

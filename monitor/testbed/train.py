@@ -150,11 +150,13 @@ class Cycle(NamedTuple):
     name_weight: float
 
 
-#: The first cycle learns the language. The second sharpens what a vessel is called: rare words
-#: decide there whether a monitor can see a violation at the very word.
+#: The first cycle learns the language. The others sharpen what a vessel is called: rare words decide
+#: there whether a monitor can see a violation at the very word. Loss of the name after a colour,
+#: in nats, after each: 0.06, 0.0008, 0.0001.
 CYCLES: Final = (
-    Cycle(0.55, 2e-3, lessons=0.2, name_weight=HARD_WEIGHT),
-    Cycle(0.45, 1.5e-3, lessons=0.0, name_weight=10.0),
+    Cycle(0.40, 2e-3, lessons=0.2, name_weight=HARD_WEIGHT),
+    Cycle(0.33, 1.5e-3, lessons=0.0, name_weight=10.0),
+    Cycle(0.27, 1e-3, lessons=0.0, name_weight=20.0),
 )
 
 
@@ -162,7 +164,7 @@ def build_model(
     out_dir: str | Path,
     *,
     seed: int = 0,
-    steps: int = 5455,
+    steps: int = 7500,
     tokens_per_batch: int = 2048,
     progress: Progress | None = None,
 ) -> Path:
