@@ -193,19 +193,24 @@ class Monitor:
         ``hidden`` is bf16, fp16 or fp32 [..., d]; all but d is flattened into N rows, as many at
         each tap.
         """
-        out = self._outs.get(tap)
-        if out is None:
+        score = self._score.get(tap)
+        if score is None:
             raise RowError(
                 f"no probe reads {tap}; the bank's taps are {', '.join(map(str, self.bank.taps))}"
             )
-        rows = hidden.numel() // hidden.shape[-1]
+        packed = hidden.reshape(-1, hidden.shape[-1])
+        rows = packed.shape[0]
         if rows != self._rows:
             if self._observed:
                 raise RowError(f"{rows} rows at {tap}, {self._rows} at the taps before it")
             self._set_rows(rows)
-            out = self._outs[tap]
         self._observed = True
-        self._score[tap](hidden.reshape(rows, hidden.shape[-1]), out)
+        score(packed, self._outs[tap])
+
+    @property
+    def observed_rows(self) -> int:
+        """Rows observed since the last :meth:`advance`."""
+        return self._rows if self._observed else 0
 
     def discard(self) -> None:
         """Forget the rows observed since the last :meth:`advance`: their forward pass failed."""
@@ -267,7 +272,7 @@ class Monitor:
             Whether a HALT is what ended the stream: its report then gives the policy's reason.
         """
         admitted = self._stream(slot)
-        slots = self.slots
+        slots = self.slots.host
         verdict, halted_at = Verdict(int(slots.verdict[slot])), int(slots.halted_at[slot])
         if enforced and verdict == Verdict.HALT:
             finish_reason = self.policy.on_halt.finish_reason

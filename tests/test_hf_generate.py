@@ -492,7 +492,7 @@ def test_generate_inside_generate_and_passes_of_others_are_refused(enforce: bool
         assert monitor.free_slots == 8
 
 
-def test_a_module_that_generate_goes_past_is_refused() -> None:
+def test_a_wrapper_whose_inner_model_generates_is_watched() -> None:
     class Wrapper(torch.nn.Module):
         """What PEFT does: generate belongs to the model inside."""
 
@@ -507,7 +507,35 @@ def test_a_module_that_generate_goes_past_is_refused() -> None:
         def get_input_embeddings(self) -> Any:
             return self.inner.get_input_embeddings()
 
-    model, monitor = Wrapper(toy.new_model(architectures=["LlamaForCausalLM"])), toy.monitor()
+    inner = toy.new_model(architectures=["LlamaForCausalLM"])
+    ids = torch.tensor([[9]])
+    reports = []
+    for model in (inner, Wrapper(inner)):
+        with toy.monitor().attach(model) as m:
+            plain(model, input_ids=ids, logits_processor=[m.halting()])
+        reports.append(m.reports[0])
+    assert reports[0] == reports[1]
+    assert reports[1].scored > 0
+
+
+def test_a_model_whose_layers_do_not_run_is_refused() -> None:
+    class Elsewhere(torch.nn.Module):
+        """Generates with another copy of its layers than the one that can be tapped."""
+
+        def __init__(self, shown: Any, used: Any) -> None:
+            super().__init__()
+            self.shown = shown
+            self.used = [used]  # not a submodule
+            self.config, self.generation_config = used.config, used.generation_config
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            return self.used[0].generate(*args, **kwargs)
+
+        def get_input_embeddings(self) -> Any:
+            return self.shown.get_input_embeddings()
+
+    models = [toy.new_model(architectures=["LlamaForCausalLM"]) for _ in range(2)]
+    model, monitor = Elsewhere(*models), toy.monitor()
     with (
         monitor.attach(model) as m,
         pytest.raises(UnsupportedGenerationError, match="0 forward passes of the attached model"),

@@ -200,12 +200,13 @@ def _sharpened(probe: Probe, rows: NDArray[np.float32], labels: NDArray[np.bool_
     """Stretch the logits of a probe whose classes part, so that its hazard is next to 0 or 1.
 
     All probes share one axis, the cumulative log-hazard. There the drift takes the range up to
-    about 4, and whatever says that the violation has happened must lie beyond it: 6 below zero for
-    all but one in 10,000 other tokens, 6 above for all but 1 % of the violating ones.
+    about 4, and whatever says that the violation has happened must lie beyond it. So all but one in
+    10,000 other tokens come to lie 20 below zero or less, all but 1 % of the violating ones 20
+    above, and of the few between, those on the upper side of the middle count as violating.
     """
     logits = rows @ probe.weight.numpy() + probe.bias
     low, high = np.quantile(logits[~labels], 0.9999), np.quantile(logits[labels], 0.01)
-    slope = 12.0 / max(high - low, 1.0)
+    slope = 40.0 / max(high - low, 1.0)
     middle = (low + high) / 2
     return replace(probe, weight=probe.weight * slope, bias=float((probe.bias - middle) * slope))
 

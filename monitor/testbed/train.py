@@ -150,9 +150,9 @@ class Cycle(NamedTuple):
     name_weight: float
 
 
-#: The first cycle learns the language. The others sharpen what a vessel is called: rare words decide
-#: there whether a monitor can see a violation at the very word. Loss of the name after a colour,
-#: in nats, after each: 0.06, 0.0008, 0.0001.
+#: The first cycle learns the language. The others sharpen what a vessel is called: rare words
+#: decide there whether a monitor can see a violation at the very word. Loss of the name after a
+#: colour, in nats, after each: 0.06, 0.0008, 0.0001.
 CYCLES: Final = (
     Cycle(0.40, 2e-3, lessons=0.2, name_weight=HARD_WEIGHT),
     Cycle(0.33, 1.5e-3, lessons=0.0, name_weight=10.0),
