@@ -45,9 +45,11 @@ LAYER = 3
 
 HAZARD = "sealed vessel opened"
 
-# Evenly spaced in the log-odds of the combined hazard, from 1 % to 97 %, where the risk moves; and
-# the level above which only violated streams are.
-_BIN_LOG_ODDS = (*np.linspace(-4.6, 3.4, 17), 5.0)
+# The level of the combined hazard, in log-odds, above which only violated streams are.
+_VIOLATED_ABOVE = 5.0
+
+# Below it evenly spaced from 1 % to 97 %, where the risk moves.
+_BIN_LOG_ODDS = (*np.linspace(-4.6, 3.4, 17), _VIOLATED_ABOVE)
 
 # The chain of a bundle whose own is still to be fitted: replaying evidence does not look at it.
 _UNFITTED = Chain(
@@ -200,15 +202,15 @@ def _sharpened(probe: Probe, rows: NDArray[np.float32], labels: NDArray[np.bool_
     """Stretch the logits of a probe whose classes part, so that its hazard is next to 0 or 1.
 
     All probes share one axis, the cumulative log-hazard. There the drift takes the range up to
-    about 4, and whatever says that the violation has happened must lie beyond it. So all but one in
-    10,000 other tokens come to lie 20 below zero or less, all but 1 % of the violating ones 20
-    above, and of the few between, those on the upper side of the middle count as violating.
+    about 4, and whatever says that the violation has happened must lie beyond it. So the gap
+    between all but one in 10,000 other tokens and all but 1 % of the violating ones is made 40
+    wide, and its middle comes to where the bin of the violated streams begins.
     """
     logits = rows @ probe.weight.numpy() + probe.bias
     low, high = np.quantile(logits[~labels], 0.9999), np.quantile(logits[labels], 0.01)
     slope = 40.0 / max(high - low, 1.0)
-    middle = (low + high) / 2
-    return replace(probe, weight=probe.weight * slope, bias=float((probe.bias - middle) * slope))
+    bias = (probe.bias - (low + high) / 2) * slope + _VIOLATED_ABOVE
+    return replace(probe, weight=probe.weight * slope, bias=float(bias))
 
 
 def _fit_chain(
