@@ -45,6 +45,11 @@ class ScoreOrder:
     precision: str
     """Of fp32 operands: ``tf32`` where that is exact, else ``ieee``. No matter to 16 bits."""
 
+    @property
+    def by_fma(self) -> bool:
+        """Whether the products are taken outside the tensor cores."""
+        return self.operand == "fp32" and self.precision == "ieee"
+
 
 def score_order(probes: int, width: int, hidden: torch.dtype, weight: torch.dtype) -> ScoreOrder:
     """Choose by sizes and dtypes alone.
@@ -123,7 +128,7 @@ def score_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     takes from L2 in a latency of 0.7 us.
     """
     block_probes = 1 if batch == Batch.LONE else min(_power_of_2(probes), 32)
-    if order.precision == "ieee" and order.operand == "fp32":
+    if order.by_fma:
         return ScoreTile(1 if batch <= Batch.FEW else 4, min(block_probes, 8), 8, 3)
     if batch <= Batch.FEW:
         return ScoreTile(1, block_probes, 8, 5 if block_probes <= 16 else 3)
@@ -132,23 +137,22 @@ def score_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     return ScoreTile(32, block_probes, 8, 3 if block_probes <= 16 else 2)
 
 
-def norm_tile(rows: int, order: ScoreOrder, probes: int) -> ScoreTile:
+def norm_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     """Choose the tile of ``add_rms_norm_score``, whose rows are changed by one program each.
 
-    A program per row as long as one round of programs does them all, two on an SM. Then 8: they
-    share the weights, and what is read again after the sum of squares (8 rows of d = 8192, 128 KB,
-    on each of 132 SMs) is still in L2.
+    A program per row while rows are few. Then 4, then 8: they share the weights, and what is read
+    again after the sum of squares (8 rows of d = 8192, 128 KB, on each of 132 SMs) is still in L2.
     """
     few = score_tile(Batch.FEW, order, probes)
-    if rows <= 256 or order.precision == "ieee" and order.operand == "fp32":
+    if batch <= Batch.FEW or order.by_fma:
         return few
-    return ScoreTile(8, few.probes, 8, 2)
+    return ScoreTile(4 if batch == Batch.SOME else 8, few.probes, 8, 3)
 
 
 def chunk_tile(order: ScoreOrder, probes: int, num_warps: int) -> ScoreTile:
     """Choose the tile of ``score_advance``: up to 8 rows of one stream, as speculation yields."""
     tile = score_tile(Batch.FEW, order, probes)
-    rows = 1 if order.precision == "ieee" and order.operand == "fp32" else 8
+    rows = 1 if order.by_fma else 8
     return ScoreTile(rows, tile.probes, num_warps, 3)
 
 

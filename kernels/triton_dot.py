@@ -32,9 +32,7 @@ def constants(
     """
     return {
         "SLICES": order.slices,
-        "LOG_SLICES": order.slices.bit_length() - 1,
         "BLOCK_WIDTH": order.block_width,
-        "LOG_COLUMNS": (order.slices * order.block_width).bit_length() - 1,
         "OPERAND": tl.float32 if interpreted else _OPERANDS[order.operand],
         "PIECES": order.pieces,
         "PRECISION": order.precision,
@@ -62,10 +60,15 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     return x.to(DTYPE)
 
 
+@triton.constexpr_function
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
+
+
 @triton.jit
-def sum_last(terms, ROWS: tl.constexpr, LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr):
+def sum_last(terms, ROWS: tl.constexpr, LENGTH: tl.constexpr):
     """Sum [ROWS, LENGTH] over its last dimension: neighbours, then neighbours of those."""
-    for level in tl.static_range(LOG_LENGTH):
+    for level in tl.static_range(_log2(LENGTH)):
         left, right = tl.split(tl.reshape(terms, (ROWS, LENGTH >> (level + 1), 2)))
         terms = left + right
     return tl.reshape(terms, (ROWS,))
@@ -85,9 +88,7 @@ def dot_rows(
     SQUARES: tl.constexpr,
     ADDS: tl.constexpr,
     SLICES: tl.constexpr,
-    LOG_SLICES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    LOG_COLUMNS: tl.constexpr,
     OPERAND: tl.constexpr,
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,9 +137,9 @@ def dot_rows(
         if SQUARES:
             square += x * x
     dot = tl.reshape(tl.permute(dot, (1, 2, 0)), (BLOCK_ROWS * BLOCK_PROBES, SLICES))
-    dot = sum_last(dot, BLOCK_ROWS * BLOCK_PROBES, SLICES, LOG_SLICES)
+    dot = sum_last(dot, BLOCK_ROWS * BLOCK_PROBES, SLICES)
     square = tl.reshape(tl.permute(square, (1, 0, 2)), (BLOCK_ROWS, SLICES * BLOCK_WIDTH))
-    square = sum_last(square, BLOCK_ROWS, SLICES * BLOCK_WIDTH, LOG_COLUMNS)
+    square = sum_last(square, BLOCK_ROWS, SLICES * BLOCK_WIDTH)
     return tl.reshape(dot, (BLOCK_ROWS, BLOCK_PROBES)), square
 
 
