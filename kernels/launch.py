@@ -50,6 +50,16 @@ class ScoreOrder:
         """Whether the products are taken outside the tensor cores."""
         return self.operand == "fp32" and self.precision == "ieee"
 
+    def stages(self, rows: int, probes: int) -> int:
+        """Pipeline stages, 5 at most, whose buffers (one less) fit 96 KiB.
+
+        A block has 99 KiB of shared memory on the smallest GPUs that matter (sm_86, 89, 120); two
+        blocks fit on the large ones.
+        """
+        hidden, weight = 4 if self.by_fma else 2, 4 if self.by_fma or self.pieces == 3 else 2
+        tile = self.slices * self.block_width * (rows * hidden + probes * weight)
+        return 1 + max(1, min(4, (96 << 10) // tile))
+
 
 def score_order(probes: int, width: int, hidden: torch.dtype, weight: torch.dtype) -> ScoreOrder:
     """Choose by sizes and dtypes alone.
@@ -124,17 +134,15 @@ def score_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     that splitting ``d`` over programs could gain: the partial sums would need a second kernel, and
     that starts 1 to 2 us later.
 
-    More loads are kept in flight where a program has few bytes: 5 stages of 18 KB are what one SM
-    takes from L2 in a latency of 0.7 us.
+    Of 32 rows three stages must fit, or it is 16: without loads in flight reading stalls.
     """
     block_probes = 1 if batch == Batch.LONE else min(_power_of_2(probes), 32)
     if order.by_fma:
-        return ScoreTile(1 if batch <= Batch.FEW else 4, min(block_probes, 8), 8, 3)
-    if batch <= Batch.FEW:
-        return ScoreTile(1, block_probes, 8, 5 if block_probes <= 16 else 3)
-    if batch == Batch.SOME:
-        return ScoreTile(16, block_probes, 8, 3)
-    return ScoreTile(32, block_probes, 8, 3 if block_probes <= 16 else 2)
+        block_probes, most_rows = min(block_probes, 8), 4
+    else:
+        most_rows = 32 if order.stages(32, block_probes) >= 3 else 16
+    rows = {Batch.SOME: min(16, most_rows), Batch.MANY: most_rows}.get(batch, 1)
+    return ScoreTile(rows, block_probes, 8, order.stages(rows, block_probes))
 
 
 def norm_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
@@ -143,17 +151,17 @@ def norm_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     A program per row while rows are few. Then 4, then 8: they share the weights, and what is read
     again after the sum of squares (8 rows of d = 8192, 128 KB, on each of 132 SMs) is still in L2.
     """
-    few = score_tile(Batch.FEW, order, probes)
-    if batch <= Batch.FEW or order.by_fma:
-        return few
-    return ScoreTile(4 if batch == Batch.SOME else 8, few.probes, 8, 3)
+    block_probes = score_tile(Batch.FEW, order, probes).probes
+    most_rows = 1 if order.by_fma else 4 if order.operand == "fp32" else 8  # 8 spill under tf32
+    rows = {Batch.SOME: min(4, most_rows), Batch.MANY: most_rows}.get(batch, 1)
+    return ScoreTile(rows, block_probes, 8, order.stages(2 * rows, block_probes))
 
 
 def chunk_tile(order: ScoreOrder, probes: int, num_warps: int) -> ScoreTile:
     """Choose the tile of ``score_advance``: up to 8 rows of one stream, as speculation yields."""
-    tile = score_tile(Batch.FEW, order, probes)
+    block_probes = score_tile(Batch.FEW, order, probes).probes
     rows = 1 if order.by_fma else 8
-    return ScoreTile(rows, tile.probes, num_warps, 3)
+    return ScoreTile(rows, block_probes, num_warps, order.stages(rows, block_probes))
 
 
 def fuses(rows: int, weight_bytes: int, num_warps: int) -> bool:

@@ -1,7 +1,6 @@
 """The Triton backend: its four bindings, each from the module of its kernel."""
 
-from midstream.kernels.reference import bind_score_advance
-from midstream.kernels.triton_advance import bind_advance
+from midstream.kernels.triton_advance import bind_advance, bind_score_advance
 from midstream.kernels.triton_norm import bind_add_rms_norm_score
 from midstream.kernels.triton_score import bind_score
 

@@ -53,7 +53,7 @@ def options(tile: ScoreTile) -> dict[str, object]:
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Round fp32 to ``DTYPE``, ties to even. The interpreter would cut bf16 off."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -123,7 +123,7 @@ def dot_rows(
             mask=(probe < PROBES)[None, :, None] & inside,
             other=0.0,
         ).to(tl.float32)
-        for piece in tl.static_range(PIECES):
+        for _piece in tl.static_range(PIECES):
             high = w
             if PIECES > 1:
                 high = w.to(tl.bfloat16).to(tl.float32)

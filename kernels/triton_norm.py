@@ -20,7 +20,7 @@ from torch import Tensor
 
 from midstream.kernels.backends import BoundNormScore
 from midstream.kernels.checks import check_norm_call, check_probes
-from midstream.kernels.launch import Batch, ScoreTile, batch_of, norm_tile, score_order, score_tile
+from midstream.kernels.launch import Batch, ScoreTile, batch_of, norm_tile, score_order
 from midstream.kernels.triton_dot import (
     INTERPRETED,
     constants,
@@ -162,8 +162,7 @@ def bind_add_rms_norm_score(
     @cache
     def launch(hidden: torch.dtype, batch: Batch) -> tuple[ScoreTile, dict[str, object]]:
         order = score_order(probes, width, hidden, weight.dtype)
-        choose = score_tile if INTERPRETED else norm_tile
-        tile = choose(batch, order, probes)
+        tile = norm_tile(batch, order, probes)
         return tile, {
             "PROBES": probes,
             "WIDTH": width,
@@ -181,8 +180,8 @@ def bind_add_rms_norm_score(
         )
         if rows == 0:
             return
-        # NumPy adds in an order that follows the shapes: that of score in the interpreter.
-        batch = Batch.SOME if INTERPRETED else batch_of(rows, probes)
+        # In the interpreter the order of adds follows the shapes of the product, which are score's.
+        batch = Batch.FEW if INTERPRETED else batch_of(rows, probes)
         tile, arguments = launch(residual.dtype, batch)
         with torch.cuda.device_of(residual):
             add_rms_norm_score_kernel[(tile.programs(rows, 1),)](

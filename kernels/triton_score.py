@@ -112,8 +112,8 @@ def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> B
         rows, stride, out_stride = check_score_call(hidden, out, probes, width, device)
         if rows == 0:
             return
-        # NumPy adds in an order that follows the shapes: one tile for all in the interpreter.
-        batch = Batch.SOME if INTERPRETED else batch_of(rows, probes)
+        # In the interpreter NumPy multiplies, in an order of adds that follows the shapes.
+        batch = Batch.FEW if INTERPRETED else batch_of(rows, probes)
         tile, arguments = launch(hidden.dtype, batch)
         with torch.cuda.device_of(hidden):
             score_kernel[(tile.programs(rows, probes),)](
