@@ -157,21 +157,22 @@ def norm_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     return ScoreTile(rows, block_probes, 8, order.stages(2 * rows, block_probes))
 
 
-def chunk_tile(order: ScoreOrder, probes: int, num_warps: int) -> ScoreTile:
+def chunk_tile(order: ScoreOrder, probes: int) -> ScoreTile:
     """Choose the tile of ``score_advance``: up to 8 rows of one stream, as speculation yields."""
     block_probes = score_tile(Batch.FEW, order, probes).probes
-    rows = 1 if order.by_fma else 8
-    return ScoreTile(rows, block_probes, num_warps, order.stages(rows, block_probes))
+    return ScoreTile(8, block_probes, 8, order.stages(8, block_probes))
 
 
-def fuses(rows: int, weight_bytes: int, num_warps: int) -> bool:
+def fuses(rows: int, weight_bytes: int, order: ScoreOrder, num_warps: int) -> bool:
     """Whether ``score_advance`` is one kernel, or ``score`` and ``advance``: to the same bits.
 
     One kernel reads all weights into the SM of each stream. Up to 256 KB a stream and 16 MiB in all
     that costs less than 3 us, the price of a second kernel and of the logits' way through memory.
-    Beyond 8 warps (a table of the size of a tile of weights) the two share no layout.
+    FMA operands do not fit into registers beside a stream, and the sums of ``advance`` follow its
+    warps, which must be those of the products.
     """
-    return weight_bytes <= 1 << 18 and rows * weight_bytes <= 1 << 24 and num_warps <= 8
+    few_bytes = weight_bytes <= 1 << 18 and rows * weight_bytes <= 1 << 24
+    return few_bytes and not order.by_fma and num_warps == 8
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,11 @@ def advance_launch(sizes: Sizes) -> AdvanceLaunch:
     """Choose tiles for a monitor's sizes.
 
     A stream's state is small (P = 8, K = 5: under 100 numbers): one warp holds it, and more hold
-    copies of it at the price of a barrier of some 20 cycles per row. It is 4 all the same, because
-    ``score_advance`` needs them to read weights, and sums over more than 32 probes or states are
-    added in an order that follows the warps. The two large tiles are the logit ring ``P x M`` and
-    the transition matrix ``(K+1)^2``; warps are added to keep each at 32 registers a thread.
+    copies of it at the price of a barrier of some 30 cycles per row. It is 8 all the same, because
+    ``score_advance`` needs them for its products (with 4 it spilled), and the order in which a
+    matrix is summed, or more than 32 probes or states, follows the warps. The two large tiles are
+    the logit ring ``P x M`` and the transition matrix ``(K+1)^2``; warps are added to keep each at
+    32 registers a thread.
     """
     block_probes = _power_of_2(sizes.probes)
     block_states = _power_of_2(sizes.states)
@@ -205,5 +207,5 @@ def advance_launch(sizes: Sizes) -> AdvanceLaunch:
         block_edges=_power_of_2(sizes.bins - 1),
         block_prompt_edges=_power_of_2(sizes.prompt_bins - 1),
         block_window=block_window,
-        num_warps=min(16, max(4, _power_of_2(_blocks(largest, 32 * 32)))),
+        num_warps=min(16, max(8, _power_of_2(_blocks(largest, 32 * 32)))),
     )

@@ -22,6 +22,7 @@ from midstream.kernels.checks import (
 from midstream.kernels.launch import (
     AdvanceLaunch,
     Batch,
+    ScoreOrder,
     advance_launch,
     chunk_tile,
     fuses,
@@ -132,19 +133,20 @@ def bind_score_advance(
     score = bind_score(weight, bias, rms_norm=rms_norm, eps=eps)
     advance = bind_advance(slots, evidence, chain, policy)
     sizes = check_tables(slots, evidence, chain, policy)
-    launch = advance_launch(sizes)
+    folding = advance_launch(sizes)
     device = slots.device
     probes, width = weight.shape
+    weight_bytes = weight.nbytes
     tables = _pointers(slots, evidence, chain, policy)
 
     @cache
-    def arguments(hidden: torch.dtype) -> dict[str, object]:
+    def launch(hidden: torch.dtype) -> tuple[ScoreOrder, dict[str, object]]:
         order = score_order(probes, width, hidden, weight.dtype)
-        tile = chunk_tile(order, probes, launch.num_warps)
+        tile = chunk_tile(order, probes)
         if INTERPRETED:  # the order of adds follows the shapes of the product, which are score's
             tile = score_tile(Batch.FEW, order, probes)
-        return {
-            **fold_constants(sizes, launch),
+        return order, {
+            **fold_constants(sizes, folding),
             "SCORES": True,
             "WIDTH": width,
             "RMS_NORM": rms_norm,
@@ -157,7 +159,8 @@ def bind_score_advance(
         check_advance_call(logits, slot, position, probes, device)
         if rows == 0:
             return
-        if not fuses(rows, weight.nbytes, launch.num_warps):
+        order, arguments = launch(hidden.dtype)
+        if not fuses(rows, weight_bytes, order, folding.num_warps):
             score(hidden, logits)
             advance(logits, slot, position)
             return
@@ -175,7 +178,7 @@ def bind_score_advance(
                 rows,
                 sizes.slots,
                 *tables,
-                **arguments(hidden.dtype),
+                **arguments,
             )
 
     return score_advance

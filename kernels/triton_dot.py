@@ -15,11 +15,19 @@ import triton
 import triton.language as tl
 
 from midstream.kernels.backends import triton_interprets
-from midstream.kernels.launch import ScoreOrder, ScoreTile
+from midstream.kernels.launch import Batch, ScoreOrder, ScoreTile, batch_of
 
 INTERPRETED = triton_interprets()
 
 _OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+def batch_for(rows: int, probes: int) -> Batch:
+    """Sort as :func:`.launch.batch_of` does; in the interpreter all batches are alike.
+
+    There NumPy multiplies, in an order of adds that follows the shapes.
+    """
+    return Batch.FEW if INTERPRETED else batch_of(rows, probes)
 
 
 def constants(

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from midstream.kernels.backends import BoundNormScore
 from midstream.kernels.checks import check_norm_call, check_probes
-from midstream.kernels.launch import Batch, ScoreTile, batch_of, norm_tile, score_order
+from midstream.kernels.launch import Batch, ScoreTile, norm_tile, score_order
 from midstream.kernels.triton_dot import (
     INTERPRETED,
+    batch_for,
     constants,
     dot_rows,
     options,
@@ -180,9 +181,7 @@ def bind_add_rms_norm_score(
         )
         if rows == 0:
             return
-        # In the interpreter the order of adds follows the shapes of the product, which are score's.
-        batch = Batch.FEW if INTERPRETED else batch_of(rows, probes)
-        tile, arguments = launch(residual.dtype, batch)
+        tile, arguments = launch(residual.dtype, batch_for(rows, probes))
         with torch.cuda.device_of(residual):
             add_rms_norm_score_kernel[(tile.programs(rows, 1),)](
                 x,

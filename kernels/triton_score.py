@@ -14,8 +14,15 @@ from torch import Tensor
 
 from midstream.kernels.backends import BoundScore
 from midstream.kernels.checks import check_probes, check_score_call
-from midstream.kernels.launch import Batch, ScoreTile, batch_of, score_order, score_tile
-from midstream.kernels.triton_dot import INTERPRETED, constants, dot_rows, options, store_logits
+from midstream.kernels.launch import Batch, ScoreTile, score_order, score_tile
+from midstream.kernels.triton_dot import (
+    INTERPRETED,
+    batch_for,
+    constants,
+    dot_rows,
+    options,
+    store_logits,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -112,9 +119,7 @@ def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> B
         rows, stride, out_stride = check_score_call(hidden, out, probes, width, device)
         if rows == 0:
             return
-        # In the interpreter NumPy multiplies, in an order of adds that follows the shapes.
-        batch = Batch.FEW if INTERPRETED else batch_of(rows, probes)
-        tile, arguments = launch(hidden.dtype, batch)
+        tile, arguments = launch(hidden.dtype, batch_for(rows, probes))
         with torch.cuda.device_of(hidden):
             score_kernel[(tile.programs(rows, probes),)](
                 hidden, stride, weight, bias, out, out_stride, rows, eps, **arguments
