@@ -34,7 +34,7 @@ from midstream.kernels.triton_dot import INTERPRETED, constants, options
 from midstream.kernels.triton_fold import advance_kernel
 from midstream.kernels.triton_score import bind_score
 
-# Where the kernel only folds rows.
+# Nothing to score.
 _WITHOUT_SCORES: dict[str, object] = {
     "SCORES": False,
     "WIDTH": 0,
@@ -49,9 +49,12 @@ _WITHOUT_SCORES: dict[str, object] = {
 }
 
 
-def fold_constants(sizes: Sizes, launch: AdvanceLaunch) -> dict[str, object]:
-    """Compile-time arguments of the kernel that say how rows are folded."""
+def fold_arguments(sizes: Sizes, launch: AdvanceLaunch) -> dict[str, object]:
+    """Compile-time arguments and compiler options of the kernel where it only folds rows."""
     return {
+        **_WITHOUT_SCORES,
+        "num_warps": launch.num_warps,
+        "enable_fp_fusion": True,  # Triton 3.10 turns its default; bits must not follow
         "PROBES": sizes.probes,
         "STATES": sizes.states,
         "BINS": sizes.bins,
@@ -87,12 +90,7 @@ def bind_advance(
     launch = advance_launch(sizes)
     device = slots.device
     tables = _pointers(slots, evidence, chain, policy)
-    arguments = {
-        **fold_constants(sizes, launch),
-        **_WITHOUT_SCORES,
-        "num_warps": launch.num_warps,
-        "enable_fp_fusion": True,  # Triton 3.10 turns its default; bits must not follow
-    }
+    arguments = fold_arguments(sizes, launch)
 
     def advance(logits: Tensor, slot: Tensor, position: Tensor) -> None:
         rows, stride = check_advance_call(logits, slot, position, sizes.probes, device)
@@ -100,7 +98,7 @@ def bind_advance(
             return
         with torch.cuda.device_of(logits):
             advance_kernel[(rows,)](
-                *(None, 0, None, None, 0.0),  # nothing to score
+                *(None, 0, None, None, 0.0),
                 logits,
                 stride,
                 slot,
@@ -146,7 +144,7 @@ def bind_score_advance(
         if INTERPRETED:  # the order of adds follows the shapes of the product, which are score's
             tile = score_tile(Batch.FEW, order, probes)
         return order, {
-            **fold_constants(sizes, folding),
+            **fold_arguments(sizes, folding),
             "SCORES": True,
             "WIDTH": width,
             "RMS_NORM": rms_norm,
