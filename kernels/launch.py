@@ -148,13 +148,23 @@ def score_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
 def norm_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     """Choose the tile of ``add_rms_norm_score``, whose rows are changed by one program each.
 
-    A program per row while rows are few. Then 4, then 8: they share the weights, and what is read
-    again after the sum of squares (8 rows of d = 8192, 128 KB, on each of 132 SMs) is still in L2.
+    A program per row while rows are few. Then 4, then 8: they share the weights, and the sums (8
+    rows of d = 8192, 128 KB, on each of 132 SMs) are still in L2 when they are read again.
     """
     block_probes = score_tile(Batch.FEW, order, probes).probes
     most_rows = 1 if order.by_fma else 4 if order.operand == "fp32" else 8  # 8 spill under tf32
     rows = {Batch.SOME: min(4, most_rows), Batch.MANY: most_rows}.get(batch, 1)
-    return ScoreTile(rows, block_probes, 8, order.stages(2 * rows, block_probes))
+    return ScoreTile(rows, block_probes, 8, order.stages(rows, block_probes))
+
+
+def norm_columns(tile: ScoreTile, width: int) -> int:
+    """Columns that are added, kept in registers and normed at once.
+
+    In decode the whole row up to d = 16384, 64 numbers a thread: 32 registers where they have 16
+    bits, beside the 80 of the products. Several rows need more registers for the products and get
+    half of that. The rest of a wider row goes through L2, in pieces of that size.
+    """
+    return min(_power_of_2(width), 16384 if tile.rows == 1 else 8192 // tile.rows)
 
 
 def chunk_tile(order: ScoreOrder, probes: int) -> ScoreTile:

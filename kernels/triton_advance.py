@@ -1,8 +1,5 @@
 """``advance`` and ``score_advance`` in Triton: what the kernel of :mod:`.triton_fold` is told."""
 
-# Triton's language has no annotations.
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from functools import cache
@@ -67,7 +64,6 @@ def fold_arguments(sizes: Sizes, launch: AdvanceLaunch) -> dict[str, object]:
         "BLOCK_EDGES": launch.block_edges,
         "BLOCK_PROMPT_EDGES": launch.block_prompt_edges,
         "BLOCK_WINDOW": launch.block_window,
-        "INTERPRETED": INTERPRETED,
     }
 
 

@@ -58,16 +58,6 @@ def options(tile: ScoreTile) -> dict[str, object]:
     }
 
 
-@triton.jit
-def round_to(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Round fp32 to ``DTYPE``, ties to even. The interpreter would cut bf16 off."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
 @triton.constexpr_function
 def _log2(power: int) -> int:
     return power.bit_length() - 1
@@ -87,14 +77,11 @@ def dot_rows(
     hidden,
     at_row,
     real_row,
-    added,
-    at_added,
     weight,
     first_probe,
     PROBES: tl.constexpr,
     WIDTH: tl.constexpr,
     SQUARES: tl.constexpr,
-    ADDS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -102,12 +89,8 @@ def dot_rows(
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PROBES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
-    """Return rows times probes [BLOCK_ROWS, BLOCK_PROBES] and sums of squares [BLOCK_ROWS].
-
-    With ``ADDS``, a row is first replaced by its sum with the row of ``added``.
-    """
+    """Return rows times probes [BLOCK_ROWS, BLOCK_PROBES] and sums of squares [BLOCK_ROWS]."""
     probe = first_probe + tl.arange(0, BLOCK_PROBES)
     inner = tl.arange(0, SLICES)[:, None] * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[None, :]
     dot = tl.zeros((SLICES, BLOCK_ROWS, BLOCK_PROBES), tl.float32)
@@ -115,17 +98,12 @@ def dot_rows(
     for begin in range(0, WIDTH, SLICES * BLOCK_WIDTH):
         column = begin + inner[:, None, :]
         inside = column < WIDTH
-        at = hidden + at_row[None, :, None] + column
-        mask = real_row[None, :, None] & inside
         # fp32 at once: Triton's interpreter computes wrongly on bf16, without a word.
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        if ADDS:
-            x += tl.load(added + at_added[None, :, None] + column, mask=mask, other=0.0).to(
-                tl.float32
-            )
-            rounded = round_to(x, hidden.dtype.element_ty, INTERPRETED)
-            tl.store(at, rounded, mask=mask)
-            x = rounded.to(tl.float32)
+        x = tl.load(
+            hidden + at_row[None, :, None] + column,
+            mask=real_row[None, :, None] & inside,
+            other=0.0,
+        ).to(tl.float32)
         w = tl.load(
             weight + probe[None, :, None] * WIDTH + column,
             mask=(probe < PROBES)[None, :, None] & inside,

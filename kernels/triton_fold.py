@@ -111,7 +111,6 @@ def advance_kernel(
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PROBES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Fold the run of rows that starts at this program's row. Prefixes name the table."""
     n = tl.program_id(0)
@@ -182,14 +181,11 @@ def advance_kernel(
                         hidden,
                         at_row,
                         mine,
-                        hidden,
-                        at_row,
                         weight,
                         first_probe,
                         PROBES,
                         WIDTH,
                         RMS_NORM,
-                        False,
                         SLICES,
                         BLOCK_WIDTH,
                         OPERAND,
@@ -197,7 +193,6 @@ def advance_kernel(
                         PRECISION,
                         BLOCK_ROWS,
                         BLOCK_PROBES,
-                        INTERPRETED,
                     )
                     store_logits(
                         dot,

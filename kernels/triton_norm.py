@@ -1,9 +1,8 @@
-"""``add_rms_norm_score`` in Triton: the sum is scored as it is made, then normed.
+"""``add_rms_norm_score`` in Triton: a program adds, scores and norms its rows.
 
-A program owns its rows. Going along ``d`` once it adds, stores the sum, multiplies it with the
-probes and sums its squares; going along it again it norms what it stored. So ``x`` and
-``residual`` are read from memory once and written once; the second reading finds the sum in L2,
-however wide the row, and the logits have the bits that ``score`` gives for the sum.
+``x`` and ``residual`` are read from memory once and written once. The products read the sum that
+was just stored, from L2, so that the logits have the bits that ``score`` gives for it. The norm
+takes the sum from registers as far as it fits there (in decode, up to d = 16384), and else from L2.
 """
 
 # A kernel's arguments are pointers and blocks of Triton's own language, which has no annotations.
@@ -20,16 +19,45 @@ from torch import Tensor
 
 from midstream.kernels.backends import BoundNormScore
 from midstream.kernels.checks import check_norm_call, check_probes
-from midstream.kernels.launch import Batch, ScoreTile, norm_tile, score_order
+from midstream.kernels.launch import Batch, ScoreTile, norm_columns, norm_tile, score_order
 from midstream.kernels.triton_dot import (
     INTERPRETED,
     batch_for,
     constants,
     dot_rows,
     options,
-    round_to,
     store_logits,
 )
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Round fp32 to ``DTYPE``, ties to even. The interpreter would cut bf16 off."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _add(x, at_x, residual, at_residual, mask, INTERPRETED: tl.constexpr):
+    """Replace a tile of ``residual`` by its sum with ``x``; return the sum, rounded."""
+    total = tl.load(residual + at_residual, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(x + at_x, mask=mask, other=0.0).to(tl.float32)
+    total = round_to(total, residual.dtype.element_ty, INTERPRETED)
+    # Small tiles are replicated over threads: all must have read before one writes.
+    tl.debug_barrier()
+    tl.store(residual + at_residual, total, mask=mask)
+    return total
+
+
+@triton.jit
+def _norm(total, scale, gain, x, at_x, mask, INTERPRETED: tl.constexpr):
+    """Store a tile of normed rows."""
+    normed = round_to(total.to(tl.float32) * scale, x.dtype.element_ty, INTERPRETED)
+    normed = gain.to(tl.float32) * normed.to(tl.float32)
+    tl.store(x + at_x, round_to(normed, x.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,6 +77,7 @@ def add_rms_norm_score_kernel(
     PROBES: tl.constexpr,
     WIDTH: tl.constexpr,
     RMS_NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -61,57 +90,30 @@ def add_rms_norm_score_kernel(
     """Add, score and norm one block of rows. Strides count elements."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = row < rows
-    at_x = row * x_stride
+    at_x = (row * x_stride)[:, None]
     at_residual = row * residual_stride
-    dot, square = dot_rows(
-        residual,
-        at_residual,
-        real,
-        x,
-        at_x,
-        weight,
-        0,
-        PROBES,
-        WIDTH,
-        True,
-        True,
-        SLICES,
-        BLOCK_WIDTH,
-        OPERAND,
-        PIECES,
-        PRECISION,
-        BLOCK_ROWS,
-        BLOCK_PROBES,
-        INTERPRETED,
-    )
-    store_logits(
-        dot,
-        square,
-        bias,
-        out,
-        row * out_stride,
-        real,
-        0,
-        eps,
-        PROBES,
-        WIDTH,
-        RMS_NORM,
-        BLOCK_PROBES,
-    )
-    tl.debug_barrier()  # the sums that other threads stored are read below
-    for first_probe in range(BLOCK_PROBES, PROBES, BLOCK_PROBES):
-        dot, _ = dot_rows(
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < WIDTH
+    mask = real[:, None] & inside
+    total = _add(x, at_x + column, residual, at_residual[:, None] + column, mask, INTERPRETED)
+    gain = tl.load(gamma + column, mask=inside, other=0.0)
+    for begin in range(COLUMNS, WIDTH, COLUMNS):
+        at = begin + column
+        more = real[:, None] & (at < WIDTH)
+        _add(x, at_x + at, residual, at_residual[:, None] + at, more, INTERPRETED)
+    tl.debug_barrier()  # the products read what other threads stored
+
+    square = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for first_probe in range(0, PROBES, BLOCK_PROBES):
+        dot, square = dot_rows(
             residual,
             at_residual,
             real,
-            x,
-            at_x,
             weight,
             first_probe,
             PROBES,
             WIDTH,
-            False,
-            False,
+            True,
             SLICES,
             BLOCK_WIDTH,
             OPERAND,
@@ -119,7 +121,6 @@ def add_rms_norm_score_kernel(
             PRECISION,
             BLOCK_ROWS,
             BLOCK_PROBES,
-            INTERPRETED,
         )
         store_logits(
             dot,
@@ -137,16 +138,13 @@ def add_rms_norm_score_kernel(
         )
 
     scale = (1.0 / tl.sqrt(square / WIDTH + norm_eps))[:, None]
-    columns: tl.constexpr = 4096 // BLOCK_ROWS  # 16 numbers a thread of 8 warps
-    for begin in range(0, WIDTH, columns):
-        column = begin + tl.arange(0, columns)[None, :]
-        inside = column < WIDTH
-        mask = real[:, None] & inside
-        gain = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
-        h = tl.load(residual + at_residual[:, None] + column, mask=mask, other=0.0).to(tl.float32)
-        normed = round_to(h * scale, x.dtype.element_ty, INTERPRETED).to(tl.float32)
-        normed = round_to(gain * normed, x.dtype.element_ty, INTERPRETED)
-        tl.store(x + at_x[:, None] + column, normed, mask=mask)
+    _norm(total, scale, gain, x, at_x + column, mask, INTERPRETED)
+    for begin in range(COLUMNS, WIDTH, COLUMNS):
+        at = begin + column
+        more = real[:, None] & (at < WIDTH)
+        total = tl.load(residual + at_residual[:, None] + at, mask=more, other=0.0)
+        gain = tl.load(gamma + at, mask=at < WIDTH, other=0.0)
+        _norm(total, scale, gain, x, at_x + at, more, INTERPRETED)
 
 
 def bind_add_rms_norm_score(
@@ -168,6 +166,7 @@ def bind_add_rms_norm_score(
             "PROBES": probes,
             "WIDTH": width,
             "RMS_NORM": rms_norm,
+            "COLUMNS": norm_columns(tile, width),
             "INTERPRETED": INTERPRETED,
             **constants(order, tile),
             **options(tile),

@@ -16,7 +16,6 @@ from midstream.kernels.backends import BoundScore
 from midstream.kernels.checks import check_probes, check_score_call
 from midstream.kernels.launch import Batch, ScoreTile, score_order, score_tile
 from midstream.kernels.triton_dot import (
-    INTERPRETED,
     batch_for,
     constants,
     dot_rows,
@@ -45,7 +44,6 @@ def score_kernel(
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PROBES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Logits of one block of rows for one block of probes. Strides count elements."""
     blocks: tl.constexpr = (PROBES + BLOCK_PROBES - 1) // BLOCK_PROBES
@@ -58,14 +56,11 @@ def score_kernel(
         hidden,
         at_row,
         real,
-        hidden,
-        at_row,
         weight,
         first_probe,
         PROBES,
         WIDTH,
         RMS_NORM,
-        False,
         SLICES,
         BLOCK_WIDTH,
         OPERAND,
@@ -73,7 +68,6 @@ def score_kernel(
         PRECISION,
         BLOCK_ROWS,
         BLOCK_PROBES,
-        INTERPRETED,
     )
     store_logits(
         dot,
@@ -110,7 +104,6 @@ def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> B
             "PROBES": probes,
             "WIDTH": width,
             "RMS_NORM": rms_norm,
-            "INTERPRETED": INTERPRETED,
             **constants(order, tile),
             **options(tile),
         }
