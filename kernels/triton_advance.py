@@ -108,6 +108,24 @@ def bind_advance(
     return advance
 
 
+@cache
+def _fused(
+    sizes: Sizes, width: int, hidden: torch.dtype, weight: torch.dtype, rms_norm: bool
+) -> tuple[ScoreOrder, dict[str, object]]:
+    order = score_order(sizes.probes, width, hidden, weight)
+    tile = chunk_tile(order, sizes.probes)
+    if INTERPRETED:  # the order of adds follows the shapes of the product, which are score's
+        tile = score_tile(Batch.FEW, order, sizes.probes)
+    return order, {
+        **fold_arguments(sizes, advance_launch(sizes)),
+        "SCORES": True,
+        "WIDTH": width,
+        "RMS_NORM": rms_norm,
+        **constants(order, tile),
+        **options(tile),
+    }
+
+
 def bind_score_advance(
     weight: Tensor,
     bias: Tensor,
@@ -127,34 +145,19 @@ def bind_score_advance(
     score = bind_score(weight, bias, rms_norm=rms_norm, eps=eps)
     advance = bind_advance(slots, evidence, chain, policy)
     sizes = check_tables(slots, evidence, chain, policy)
-    folding = advance_launch(sizes)
+    warps = advance_launch(sizes).num_warps
     device = slots.device
     probes, width = weight.shape
     weight_bytes = weight.nbytes
     tables = _pointers(slots, evidence, chain, policy)
-
-    @cache
-    def launch(hidden: torch.dtype) -> tuple[ScoreOrder, dict[str, object]]:
-        order = score_order(probes, width, hidden, weight.dtype)
-        tile = chunk_tile(order, probes)
-        if INTERPRETED:  # the order of adds follows the shapes of the product, which are score's
-            tile = score_tile(Batch.FEW, order, probes)
-        return order, {
-            **fold_arguments(sizes, folding),
-            "SCORES": True,
-            "WIDTH": width,
-            "RMS_NORM": rms_norm,
-            **constants(order, tile),
-            **options(tile),
-        }
 
     def score_advance(hidden: Tensor, logits: Tensor, slot: Tensor, position: Tensor) -> None:
         rows, stride, logits_stride = check_score_call(hidden, logits, probes, width, device)
         check_advance_call(logits, slot, position, probes, device)
         if rows == 0:
             return
-        order, arguments = launch(hidden.dtype)
-        if not fuses(rows, weight_bytes, order, folding.num_warps):
+        order, arguments = _fused(sizes, width, hidden.dtype, weight.dtype, rms_norm)
+        if not fuses(rows, weight_bytes, order, warps):
             score(hidden, logits)
             advance(logits, slot, position)
             return

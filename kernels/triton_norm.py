@@ -147,6 +147,28 @@ def add_rms_norm_score_kernel(
         _norm(total, scale, gain, x, at_x + at, more, INTERPRETED)
 
 
+@cache
+def _launch(
+    probes: int,
+    width: int,
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    rms_norm: bool,
+    batch: Batch,
+) -> tuple[ScoreTile, dict[str, object]]:
+    order = score_order(probes, width, hidden, weight)
+    tile = norm_tile(batch, order, probes)
+    return tile, {
+        "PROBES": probes,
+        "WIDTH": width,
+        "RMS_NORM": rms_norm,
+        "COLUMNS": norm_columns(tile, width),
+        "INTERPRETED": INTERPRETED,
+        **constants(order, tile),
+        **options(tile),
+    }
+
+
 def bind_add_rms_norm_score(
     weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float
 ) -> BoundNormScore:
@@ -158,20 +180,6 @@ def bind_add_rms_norm_score(
     probes, width = weight.shape
     device = weight.device
 
-    @cache
-    def launch(hidden: torch.dtype, batch: Batch) -> tuple[ScoreTile, dict[str, object]]:
-        order = score_order(probes, width, hidden, weight.dtype)
-        tile = norm_tile(batch, order, probes)
-        return tile, {
-            "PROBES": probes,
-            "WIDTH": width,
-            "RMS_NORM": rms_norm,
-            "COLUMNS": norm_columns(tile, width),
-            "INTERPRETED": INTERPRETED,
-            **constants(order, tile),
-            **options(tile),
-        }
-
     def add_rms_norm_score(
         x: Tensor, residual: Tensor, gamma: Tensor, norm_eps: float, out: Tensor
     ) -> None:
@@ -180,7 +188,8 @@ def bind_add_rms_norm_score(
         )
         if rows == 0:
             return
-        tile, arguments = launch(residual.dtype, batch_for(rows, probes))
+        batch = batch_for(rows, probes)
+        tile, arguments = _launch(probes, width, residual.dtype, weight.dtype, rms_norm, batch)
         with torch.cuda.device_of(residual):
             add_rms_norm_score_kernel[(tile.programs(rows, 1),)](
                 x,

@@ -85,6 +85,27 @@ def score_kernel(
     )
 
 
+@cache
+def _launch(
+    probes: int,
+    width: int,
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    rms_norm: bool,
+    batch: Batch,
+) -> tuple[ScoreTile, dict[str, object]]:
+    """Tile and compile-time arguments. Cached here: ops without a binding bind at every call."""
+    order = score_order(probes, width, hidden, weight)
+    tile = score_tile(batch, order, probes)
+    return tile, {
+        "PROBES": probes,
+        "WIDTH": width,
+        "RMS_NORM": rms_norm,
+        **constants(order, tile),
+        **options(tile),
+    }
+
+
 def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> BoundScore:
     """Check the probes of a tap once and return ``score(hidden, out)`` for them.
 
@@ -96,23 +117,12 @@ def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> B
     probes, width = weight.shape
     device = weight.device
 
-    @cache
-    def launch(hidden: torch.dtype, batch: Batch) -> tuple[ScoreTile, dict[str, object]]:
-        order = score_order(probes, width, hidden, weight.dtype)
-        tile = score_tile(batch, order, probes)
-        return tile, {
-            "PROBES": probes,
-            "WIDTH": width,
-            "RMS_NORM": rms_norm,
-            **constants(order, tile),
-            **options(tile),
-        }
-
     def score(hidden: Tensor, out: Tensor) -> None:
         rows, stride, out_stride = check_score_call(hidden, out, probes, width, device)
         if rows == 0:
             return
-        tile, arguments = launch(hidden.dtype, batch_for(rows, probes))
+        batch = batch_for(rows, probes)
+        tile, arguments = _launch(probes, width, hidden.dtype, weight.dtype, rms_norm, batch)
         with torch.cuda.device_of(hidden):
             score_kernel[(tile.programs(rows, probes),)](
                 hidden, stride, weight, bias, out, out_stride, rows, eps, **arguments
