@@ -148,12 +148,12 @@ def score_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
 def norm_tile(batch: Batch, order: ScoreOrder, probes: int) -> ScoreTile:
     """Choose the tile of ``add_rms_norm_score``, whose rows are changed by one program each.
 
-    A program per row while rows are few. Then 4, then 8: they share the weights, and the sums (8
-    rows of d = 8192, 128 KB, on each of 132 SMs) are still in L2 when they are read again.
+    A program per row while rows are few. Then 4, which share the weights, and whose sums (4 rows of
+    d = 8192, 64 KB, twice on each of 132 SMs) are still in L2 when they are read again. 8 rows, or
+    more than 16 probes at once, spill at the 128 registers that let two programs share an SM.
     """
-    block_probes = score_tile(Batch.FEW, order, probes).probes
-    most_rows = 1 if order.by_fma else 4 if order.operand == "fp32" else 8  # 8 spill under tf32
-    rows = {Batch.SOME: min(4, most_rows), Batch.MANY: most_rows}.get(batch, 1)
+    rows = 1 if batch <= Batch.FEW or order.by_fma else 4
+    block_probes = min(16, score_tile(Batch.FEW, order, probes).probes)
     return ScoreTile(rows, block_probes, 8, order.stages(rows, block_probes))
 
 
@@ -162,9 +162,10 @@ def norm_columns(tile: ScoreTile, width: int) -> int:
 
     In decode the whole row up to d = 16384, 64 numbers a thread: 32 registers where they have 16
     bits, beside the 80 of the products. Several rows need more registers for the products and get
-    half of that. The rest of a wider row goes through L2, in pieces of that size.
+    a quarter of that: with half, d = 5120 spilled. The rest of a wider row goes through L2, in
+    pieces of that size.
     """
-    return min(_power_of_2(width), 16384 if tile.rows == 1 else 8192 // tile.rows)
+    return min(_power_of_2(width), 16384 if tile.rows == 1 else 4096 // tile.rows)
 
 
 def chunk_tile(order: ScoreOrder, probes: int) -> ScoreTile:
