@@ -1,9 +1,11 @@
-"""``score`` in Triton: one program per row, sums over ``d`` in an order that ``d`` and P fix."""
+"""``score`` in Triton: tiles of rows and probes, on tensor cores where ``hidden`` has 16 bits."""
 
 # A kernel's arguments are pointers and blocks of Triton's own language, which has no annotations.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -12,10 +14,17 @@ from torch import Tensor
 
 from midstream.kernels.backends import BoundScore
 from midstream.kernels.checks import check_probes, check_score_call
-from midstream.kernels.launch import score_launch
+from midstream.kernels.launch import Batch, ScoreTile, score_order, score_tile
+from midstream.kernels.triton_dot import (
+    batch_for,
+    constants,
+    dot_rows,
+    options,
+    store_logits,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def score_kernel(
     hidden,
     hidden_stride,
@@ -23,70 +32,100 @@ def score_kernel(
     bias,
     out,
     out_stride,
+    rows,
     eps,
     PROBES: tl.constexpr,
     WIDTH: tl.constexpr,
     RMS_NORM: tl.constexpr,
-    BLOCK_PROBES: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PIECES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PROBES: tl.constexpr,
 ):
-    """Logits of one row for one block of probes. Strides count elements."""
-    row = tl.program_id(0).to(tl.int64)
-    probe = tl.program_id(1) * BLOCK_PROBES + tl.arange(0, BLOCK_PROBES)
-    real = probe < PROBES
-    # Each accumulator element adds its columns in order; elements are summed once, at the end.
-    dot = tl.zeros((BLOCK_PROBES, BLOCK_WIDTH), tl.float32)
-    square = tl.zeros((BLOCK_WIDTH,), tl.float32)
-    for begin in range(0, WIDTH, BLOCK_WIDTH):
-        column = begin + tl.arange(0, BLOCK_WIDTH)
-        inside = column < WIDTH
-        # fp32 at once: Triton's interpreter computes wrongly on bf16, without a word.
-        x = tl.load(hidden + row * hidden_stride + column, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(
-            weight + probe[:, None] * WIDTH + column[None, :],
-            mask=real[:, None] & inside[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        dot += x[None, :] * w
-        if RMS_NORM:
-            square += x * x
-    logit = tl.sum(dot, axis=1)
-    if RMS_NORM:
-        total = tl.sum(square, axis=0)
-        scale = 1.0 / tl.sqrt(total / WIDTH + eps)
-        # An infinite sum of squares would scale every logit to 0, a finite lie.
-        logit *= tl.where(total == float("inf"), float("nan"), scale)
-    logit += tl.load(bias + probe, mask=real, other=0.0)
-    tl.store(out + row * out_stride + probe, logit, mask=real)
+    """Logits of one block of rows for one block of probes. Strides count elements."""
+    blocks: tl.constexpr = (PROBES + BLOCK_PROBES - 1) // BLOCK_PROBES
+    program = tl.program_id(0)
+    first_probe = program % blocks * BLOCK_PROBES
+    row = (program // blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = row < rows
+    at_row = row * hidden_stride
+    dot, square = dot_rows(
+        hidden,
+        at_row,
+        real,
+        weight,
+        first_probe,
+        PROBES,
+        WIDTH,
+        RMS_NORM,
+        SLICES,
+        BLOCK_WIDTH,
+        OPERAND,
+        PIECES,
+        PRECISION,
+        BLOCK_ROWS,
+        BLOCK_PROBES,
+    )
+    store_logits(
+        dot,
+        square,
+        bias,
+        out,
+        row * out_stride,
+        real,
+        first_probe,
+        eps,
+        PROBES,
+        WIDTH,
+        RMS_NORM,
+        BLOCK_PROBES,
+    )
+
+
+@cache
+def _launch(
+    probes: int,
+    width: int,
+    hidden: torch.dtype,
+    weight: torch.dtype,
+    rms_norm: bool,
+    batch: Batch,
+) -> tuple[ScoreTile, dict[str, object]]:
+    """Tile and compile-time arguments. Cached here: ops without a binding bind at every call."""
+    order = score_order(probes, width, hidden, weight)
+    tile = score_tile(batch, order, probes)
+    return tile, {
+        "PROBES": probes,
+        "WIDTH": width,
+        "RMS_NORM": rms_norm,
+        **constants(order, tile),
+        **options(tile),
+    }
 
 
 def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> BoundScore:
-    """Check the probes of a tap once and return ``score(hidden, out)`` for them."""
+    """Check the probes of a tap once and return ``score(hidden, out)`` for them.
+
+    The first call with a new dtype of ``hidden`` or size of batch (:class:`.launch.Batch`) compiles
+    a kernel: warm up before a CUDA graph is captured. A call costs Triton's launcher 5 to 9 us of
+    host time, and nothing in a graph.
+    """
     check_probes(weight, bias)
     probes, width = weight.shape
     device = weight.device
-    launch = score_launch(probes, width)
 
     def score(hidden: Tensor, out: Tensor) -> None:
         rows, stride, out_stride = check_score_call(hidden, out, probes, width, device)
         if rows == 0:
             return
+        batch = batch_for(rows, probes)
+        tile, arguments = _launch(probes, width, hidden.dtype, weight.dtype, rms_norm, batch)
         with torch.cuda.device_of(hidden):
-            score_kernel[launch.grid(rows, probes)](
-                hidden,
-                stride,
-                weight,
-                bias,
-                out,
-                out_stride,
-                eps,
-                PROBES=probes,
-                WIDTH=width,
-                RMS_NORM=rms_norm,
-                BLOCK_PROBES=launch.block_probes,
-                BLOCK_WIDTH=launch.block_width,
-                num_warps=launch.num_warps,
-                enable_fp_fusion=True,  # Triton 3.10 turns its default; bits must not follow
+            score_kernel[(tile.programs(rows, probes),)](
+                hidden, stride, weight, bias, out, out_stride, rows, eps, **arguments
             )
 
     return score
