@@ -15,9 +15,11 @@ namespace {
 
 #define MIDSTREAM_TARGET __attribute__((target("avx2,fma,f16c")))
 #define MIDSTREAM_INLINE MIDSTREAM_TARGET __attribute__((always_inline)) inline
+#include "vec_avx2.h"
+
+// They need the above.
 #include "dot_kernel.h"
 #include "norm_kernel.h"
-#include "vec_avx2.h"
 
 }  // namespace
 }  // namespace avx2

@@ -15,9 +15,11 @@ namespace {
 
 #define MIDSTREAM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
 #define MIDSTREAM_INLINE MIDSTREAM_TARGET __attribute__((always_inline)) inline
+#include "vec_avx512.h"
+
+// They need the above.
 #include "dot_kernel.h"
 #include "norm_kernel.h"
-#include "vec_avx512.h"
 
 }  // namespace
 }  // namespace avx512

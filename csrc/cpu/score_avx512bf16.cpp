@@ -15,8 +15,10 @@ namespace {
 
 #define MIDSTREAM_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
 #define MIDSTREAM_INLINE MIDSTREAM_TARGET __attribute__((always_inline)) inline
-#include "dot_kernel.h"
 #include "vec_avx512.h"
+
+// It needs the above.
+#include "dot_kernel.h"
 
 struct NarrowDot {
   using Input = BFloat16;
