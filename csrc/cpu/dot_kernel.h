@@ -6,6 +6,24 @@
 // kStep, load(const Input*), load(const Weight*), mac(x, w, sum). Each (row, probe) has one Sum,
 // whatever block it is computed in, so blocks are a matter of speed and never of bits.
 
+/// Steps and panels that are worked off together: 4 rows x 32 steps of bf16 are 8 KiB, which stay
+/// in the level 1 cache while the panels pass by.
+constexpr int kGroupSteps = 32;
+constexpr int kGroupPanels = 4;
+
+template <class Dot, int kRows>
+struct Sums {
+  typename Dot::Sum dot[kRows][kGroupPanels * kPanel];
+  typename Dot::Sum square[kRows];
+};
+
+/// What will be read next, to be fetched meanwhile: as many columns of `rows` rows.
+template <class Input>
+struct Ahead {
+  const Input* x;
+  int rows;
+};
+
 template <class Dot, int kRows, int kPanels, bool kSquare>
 MIDSTREAM_INLINE void add_step(const typename Dot::Input* x, std::int64_t x_stride,
                                const typename Dot::Weight* w, std::int64_t panel_size,
@@ -26,26 +44,27 @@ MIDSTREAM_INLINE void add_step(const typename Dot::Input* x, std::int64_t x_stri
   }
 }
 
-/// Sums of kRows rows with kPanels panels, and of the rows' squares if kSquare.
+/// Adds `width` columns of kRows rows and kPanels panels, from probe `q` on, to their sums.
 template <class Dot, int kRows, int kPanels, bool kSquare>
-MIDSTREAM_TARGET void dot_block(const typename Dot::Input* x, std::int64_t x_stride,
-                                const typename Dot::Weight* w, std::int64_t width,
-                                float (&sums)[kRows][kPanels * kPanel], float (&squares)[kRows]) {
+MIDSTREAM_TARGET void add_columns(const typename Dot::Input* x, std::int64_t x_stride,
+                                  const typename Dot::Weight* w, std::int64_t panel_size,
+                                  std::int64_t width, Ahead<typename Dot::Input> ahead, int q,
+                                  Sums<Dot, kRows>& sums) {
   using Input = typename Dot::Input;
   constexpr std::int64_t kStep = Dot::kStep;
-  const std::int64_t panel_size = ceil_div(width, kStep) * kStep * kPanel;
   typename Dot::Sum dot[kRows][kPanels * kPanel];
   typename Dot::Sum square[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    square[r] = Vec::zero();
+    square[r] = sums.square[r];
 #pragma GCC unroll 16
-    for (int p = 0; p < kPanels * kPanel; ++p) dot[r][p] = Vec::zero();
+    for (int p = 0; p < kPanels * kPanel; ++p) dot[r][p] = sums.dot[r][q + p];
   }
   std::int64_t i = 0;
   for (; i + kStep <= width; i += kStep) {
     add_step<Dot, kRows, kPanels, kSquare>(x + i, x_stride, w + i * kPanel, panel_size, dot,
                                            square);
+    for (int r = 0; r < ahead.rows; ++r) __builtin_prefetch(ahead.x + r * x_stride + i);
   }
   if (i < width) {  // the rest, padded with zeros
     Input tail[kRows * kStep] = {};
@@ -55,52 +74,82 @@ MIDSTREAM_TARGET void dot_block(const typename Dot::Input* x, std::int64_t x_str
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels * kPanel; p += kPanel) {
-      Vec::reduce(dot[r][p], dot[r][p + 1], dot[r][p + 2], dot[r][p + 3], &sums[r][p]);
-    }
-    if (kSquare) {
-      float lanes[kPanel];
-      Vec::reduce(square[r], square[r], square[r], square[r], lanes);
-      squares[r] = lanes[0];
-    }
+    sums.square[r] = square[r];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPanels * kPanel; ++p) sums.dot[r][q + p] = dot[r][p];
   }
 }
 
+/// Logits of kRows rows with up to kGroupPanels panels, from probe `p` on.
 template <class Dot, int kRows, int kPanels, bool kSquare>
-MIDSTREAM_TARGET void score_block(const Packed& packed, const RowBlock& rows, std::int64_t n,
+MIDSTREAM_TARGET void score_group(const Packed& packed, const RowBlock& rows, std::int64_t n,
                                   std::int64_t p, float (&scale)[kRows]) {
-  const auto* x = static_cast<const typename Dot::Input*>(rows.x) + n * rows.x_stride;
-  const std::int64_t row_size = ceil_div(packed.width, Dot::kStep) * Dot::kStep;
+  constexpr std::int64_t kStep = Dot::kStep;
+  constexpr std::int64_t kColumns = kGroupSteps * kStep;
+  const std::int64_t width = packed.width, stride = rows.x_stride;
+  const std::int64_t row_size = ceil_div(width, kStep) * kStep, panel_size = row_size * kPanel;
+  const auto* x = static_cast<const typename Dot::Input*>(rows.x) + n * stride;
   const auto* w = static_cast<const typename Dot::Weight*>(packed.weight) + p * row_size;
-  float sums[kRows][kPanels * kPanel];
-  float squares[kRows];
-  dot_block<Dot, kRows, kPanels, kSquare>(x, rows.x_stride, w, packed.width, sums, squares);
-  const std::int64_t count = std::min<std::int64_t>(packed.probes - p, kPanels * kPanel);
+  const auto probes =
+      static_cast<int>(std::min<std::int64_t>(packed.probes - p, kGroupPanels * kPanel));
+  const int passes = (probes + kPanel - 1) / kPanel;
+  const int rows_per_pass = (kRows + passes - 1) / passes;  // of those to come
+  Sums<Dot, kRows> sums;
   for (int r = 0; r < kRows; ++r) {
-    if (kSquare) scale[r] = rms_scale(squares[r], packed.width, packed.eps);
-    finish(sums[r], packed.bias + p, packed.rms_norm, scale[r], count,
-           rows.out + (n + r) * rows.out_stride + p);
+    sums.square[r] = Vec::zero();
+    for (int q = 0; q < passes * kPanel; ++q) sums.dot[r][q] = Vec::zero();
+  }
+  for (std::int64_t i = 0; i < width; i += kColumns) {
+    const std::int64_t columns = std::min(width - i, kColumns);
+    const bool last = i + kColumns >= width;
+    const bool none_left = last && n + 2 * kRows > rows.rows;
+    const auto* next = last ? x + kRows * stride : x + i + kColumns;
+    for (int q = 0; q < probes;) {
+      const int first = q / kPanel * rows_per_pass;
+      const int to_fetch = none_left ? 0 : std::clamp(kRows - first, 0, rows_per_pass);
+      const Ahead<typename Dot::Input> ahead{next + first * stride, to_fetch};
+      const auto* panel = w + i * kPanel + q * row_size;
+      const bool wide = kPanels > 1 && q + kPanel < probes;
+      if (wide && kSquare && q == 0) {
+        add_columns<Dot, kRows, kPanels, true>(x + i, stride, panel, panel_size, columns, ahead, q,
+                                               sums);
+      } else if (wide) {
+        add_columns<Dot, kRows, kPanels, false>(x + i, stride, panel, panel_size, columns, ahead, q,
+                                                sums);
+      } else if (kSquare && q == 0) {
+        add_columns<Dot, kRows, 1, true>(x + i, stride, panel, panel_size, columns, ahead, q, sums);
+      } else {
+        add_columns<Dot, kRows, 1, false>(x + i, stride, panel, panel_size, columns, ahead, q,
+                                          sums);
+      }
+      q += wide ? kPanels * kPanel : kPanel;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float lanes[kPanel];
+    if (kSquare) {
+      const typename Dot::Sum square = sums.square[r];
+      Vec::reduce(square, square, square, square, lanes);
+      scale[r] = rms_scale(lanes[0], width, packed.eps);
+    }
+    for (int q = 0; q < probes; q += kPanel) {
+      const typename Dot::Sum* dot = &sums.dot[r][q];
+      Vec::reduce(dot[0], dot[1], dot[2], dot[3], lanes);
+      finish(lanes, packed.bias + p + q, packed.rms_norm, scale[r], std::min(kPanel, probes - q),
+             rows.out + (n + r) * rows.out_stride + p + q);
+    }
   }
 }
 
-/// All probes for kRows rows. The last panel may stand alone.
 template <class Dot, int kRows, int kPanels>
-MIDSTREAM_TARGET void score_row_block(const Packed& packed, const RowBlock& rows, std::int64_t n) {
+MIDSTREAM_TARGET void score_block(const Packed& packed, const RowBlock& rows, std::int64_t n) {
   float scale[kRows] = {};
-  std::int64_t p = 0;
-  for (; p + (kPanels - 1) * kPanel < packed.probes; p += kPanels * kPanel) {
+  for (std::int64_t p = 0; p < packed.probes; p += kGroupPanels * kPanel) {
     if (p == 0 && packed.rms_norm) {
-      score_block<Dot, kRows, kPanels, true>(packed, rows, n, p, scale);
+      score_group<Dot, kRows, kPanels, true>(packed, rows, n, p, scale);
     } else {
-      score_block<Dot, kRows, kPanels, false>(packed, rows, n, p, scale);
+      score_group<Dot, kRows, kPanels, false>(packed, rows, n, p, scale);
     }
-  }
-  if (kPanels == 1 || p >= packed.probes) return;
-  if (p == 0 && packed.rms_norm) {
-    score_block<Dot, kRows, 1, true>(packed, rows, n, p, scale);
-  } else {
-    score_block<Dot, kRows, 1, false>(packed, rows, n, p, scale);
   }
 }
 
@@ -108,12 +157,10 @@ MIDSTREAM_TARGET void score_row_block(const Packed& packed, const RowBlock& rows
 template <class Dot>
 MIDSTREAM_TARGET void score_rows(const Packed& packed, const RowBlock& rows) {
   std::int64_t n = 0;
-  if (Vec::kRows > 1) {
-    for (; n + Vec::kRows <= rows.rows; n += Vec::kRows) {
-      score_row_block<Dot, Vec::kRows, 1>(packed, rows, n);
-    }
+  for (; n + Vec::kRows <= rows.rows; n += Vec::kRows) {
+    score_block<Dot, Vec::kRows, 1>(packed, rows, n);
   }
-  for (; n < rows.rows; ++n) score_row_block<Dot, 1, Vec::kPanels>(packed, rows, n);
+  for (; n < rows.rows; ++n) score_block<Dot, 1, Vec::kPanels>(packed, rows, n);
 }
 
 /// fp32 weights with rows of any dtype: products are exact in no narrower format.
