@@ -83,7 +83,9 @@ def bind_score_advance(
     rms_norm: bool,
     eps: float,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """Check all and copy the weights once; return ``score_advance(hidden, logits, slot, position)``.
+    """Check all and copy the weights once.
+
+    Returns ``score_advance(hidden, logits, slot, position)``.
 
     Raises
     ------

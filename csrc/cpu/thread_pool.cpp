@@ -20,6 +20,7 @@ using Body = void (*)(const void*, std::int64_t, std::int64_t);
 /// Waking a thread takes some 5 to 50 us, so one that has just worked looks out for more itself
 /// for a while: decode steps of a small model follow each other in about that time.
 constexpr std::chrono::microseconds kLookOut{50};
+constexpr int kPauses = 1000;  // some 20 to 50 us
 constexpr int kMaxThreads = 64;
 
 inline void pause() {
@@ -51,7 +52,10 @@ class Pool {
     wake_.notify_all();
     work(job, 0);
     for (int p = workers_ + 1; p < parts; ++p) work(job, p);  // threads that could not be had
-    while (left_.load(std::memory_order_acquire) > 0) pause();
+    for (int i = 0; left_.load(std::memory_order_acquire) > 0; ++i) {
+      // Where there are more threads than cores, the one that is waited for may need this core.
+      i < kPauses ? pause() : std::this_thread::yield();
+    }
     return true;
   }
 

@@ -61,13 +61,22 @@ class TensorReader {
   bool read(pybind11::handle object, Tensor& tensor) const {
     if (!PyObject_TypeCheck(object.ptr(), type_)) return false;
     if (api_->tensor_from_object(object.ptr(), &tensor) != 0) {
-      PyErr_Clear();  // on the meta device, or fake
+      PyErr_Clear();  // without storage
       return false;
     }
-    return tensor.device_type == kCpu && tensor.lanes == 1;
+    return tensor.device_type == kCpu && tensor.lanes == 1 && has_memory(tensor);
   }
 
  private:
+  /// A fake tensor, for one, says that it is on the CPU and has none.
+  static bool has_memory(const Tensor& tensor) {
+    if (tensor.data != nullptr) return true;
+    for (std::int32_t i = 0; i < tensor.ndim; ++i) {
+      if (tensor.shape[i] == 0) return true;
+    }
+    return false;
+  }
+
   const ExchangeApi* api_ = nullptr;
   PyTypeObject* type_ = nullptr;
 };
