@@ -79,13 +79,13 @@ LARGE = """
     import os, torch
     from midstream.kernels import ops
     torch.manual_seed(0)
-    hidden = torch.randn(900, 2048).bfloat16()
+    hidden = torch.randn(2800, 2048).bfloat16()
     weight, bias = torch.randn(9, 2048).bfloat16(), torch.randn(9)
     score = ops.Backend("cpu", "cpu").bind_score(weight, bias, rms_norm=True)
 
     def scored(threads):
         torch.set_num_threads(threads)
-        out = torch.full((900, 9), torch.nan)
+        out = torch.full((2800, 9), torch.nan)
         score(hidden, out)
         return out
 
@@ -116,13 +116,13 @@ def test_child_of_a_fork_has_threads_of_its_own() -> None:
 def test_callers_at_once_get_the_bits_of_one() -> None:
     """The pool serves one caller; others run on their own thread."""
     torch.manual_seed(fresh_seed())
-    hidden = torch.randn(600, 1024).bfloat16()
-    bound = ops.Backend("cpu", "cpu").bind_score(torch.randn(9, 1024).bfloat16(), torch.randn(9))
-    expected = torch.zeros(600, 9)
+    hidden = torch.randn(1024, 4096).bfloat16()
+    bound = ops.Backend("cpu", "cpu").bind_score(torch.randn(9, 4096).bfloat16(), torch.randn(9))
+    expected = torch.zeros(1024, 9)
     bound(hidden, expected)
 
     def call(_: int) -> Tensor:
-        out = torch.full((600, 9), torch.nan)
+        out = torch.full((1024, 9), torch.nan)
         bound(hidden, out)
         return out
 

@@ -6,9 +6,9 @@
 
 namespace midstream {
 
-/// Multiply-adds that one thread should at least have: some 15 us on one AVX-512 core, a few times
-/// what waking another one takes.
-constexpr std::int64_t kWorkPerThread = std::int64_t{1} << 21;
+/// Multiply-adds that one thread should at least have: 120 us with AVX512-BF16 on a Zen 5 core. To
+/// wake another thread took some 60 us there when other programs kept the cores busy.
+constexpr std::int64_t kWorkPerThread = std::int64_t{1} << 24;
 /// Rows that threads take at a time: a block of every kernel.
 constexpr std::int64_t kRowGrain = 32;
 

@@ -17,8 +17,8 @@ namespace {
 
 using Body = void (*)(const void*, std::int64_t, std::int64_t);
 
-/// Waking a thread takes some 5 to 50 us, so one that has just worked looks out for more itself
-/// for a while: decode steps of a small model follow each other in about that time.
+/// Waking a thread takes some 5 to 60 us, so one that has just worked looks out for more itself
+/// for a while: the calls of a prefill may follow each other at once.
 constexpr std::chrono::microseconds kLookOut{50};
 constexpr int kPauses = 1000;  // some 20 to 50 us
 constexpr int kMaxThreads = 64;
