@@ -197,6 +197,8 @@ struct Probes {
     if (!read(hidden, logits, x, z) || !tables.read(z, slot, position, x.rows, rows)) return false;
     tables.refuse_bad_row(rows);
     run(x.rows * size, [&](int threads) { midstream::score(packed, x, z, threads); });
+    // Without the GIL, others may have changed what was checked.
+    if (x.rows * size > kReleaseGilAbove) tables.refuse_bad_row(rows);
     midstream::advance(rows, tables.tables);
     return true;
   }
