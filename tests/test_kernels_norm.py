@@ -110,7 +110,10 @@ def test_sum_norm_and_logits(target: Target, width: int, dtype: torch.dtype) -> 
         ops.score(
             residual, case.weight, case.bias, alone, rms_norm=True, eps=EPS, backend=target.backend
         )
-        torch.testing.assert_close(out, alone, rtol=0, atol=0)
+        # On a GPU the fused kernel may cut a row elsewhere; two fp32 sums of N(0, 1) size then differ
+        # by a few ulp.
+        off = 0.0 if target.backend in ("reference", "cpu") else 1e-5
+        torch.testing.assert_close(out, alone, rtol=off, atol=off)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
