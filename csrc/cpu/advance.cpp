@@ -238,6 +238,22 @@ std::int64_t first_bad_row(const Rows& rows, const Tables& tables) {
   return -1;
 }
 
+std::string explain_bad_row(const Rows& rows, const Tables& tables, std::int64_t bad) {
+  const std::int64_t s = rows.slot[bad];
+  const std::string row = "row " + std::to_string(bad);
+  if (s >= tables.sizes.slots) {
+    return row + " names slot " + std::to_string(s) + ", the table has " +
+           std::to_string(tables.sizes.slots);
+  }
+  if (rows.position[bad] >= kMaxPosition) {
+    return row + " has position " + std::to_string(rows.position[bad]) + ", the limit is " +
+           std::to_string(kMaxPosition);
+  }
+  return row + ", slot " + std::to_string(s) + ", names policy row " +
+         std::to_string(tables.slots.policy[s]) + ", the table has " +
+         std::to_string(tables.sizes.policies);
+}
+
 void advance(const Rows& rows, const Tables& tables) {
   const std::int32_t* phase = tables.evidence.phase;
   const bool prompt_is_read = std::any_of(

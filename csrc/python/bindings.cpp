@@ -132,20 +132,7 @@ struct Tables {
 
   void refuse_bad_row(const midstream::Rows& rows) const {
     const std::int64_t bad = midstream::first_bad_row(rows, tables);
-    if (bad < 0) return;
-    const std::int64_t s = rows.slot[bad];
-    const std::string row = "row " + std::to_string(bad);
-    if (s >= tables.sizes.slots) {
-      throw py::index_error(row + " names slot " + std::to_string(s) + ", the table has " +
-                            std::to_string(tables.sizes.slots));
-    }
-    if (rows.position[bad] >= midstream::kMaxPosition) {
-      throw py::index_error(row + " has position " + std::to_string(rows.position[bad]) +
-                            ", the limit is " + std::to_string(midstream::kMaxPosition));
-    }
-    throw py::index_error(row + ", slot " + std::to_string(s) + ", names policy row " +
-                          std::to_string(tables.slots.policy[s]) + ", the table has " +
-                          std::to_string(tables.sizes.policies));
+    if (bad >= 0) throw py::index_error(midstream::explain_bad_row(rows, tables, bad));
   }
 
   // Holds the GIL throughout: a slot is admitted and retired by Python code.
