@@ -29,8 +29,9 @@ EXTENSION = "midstream.kernels._cpu"
 
 # Portable baseline: no -march. Wider instruction sets are per-function target attributes in the
 # sources, chosen at run time.
-CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
 LDFLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+LDFLAGS += ["-pthread"]
 
 BUILD_INFO = '''\
 """How this installation was built. Written by setup.py, not under version control."""

@@ -79,7 +79,8 @@ class Backend:
     ) -> BoundScore:
         """Check the probes of a tap once; return ``score(hidden, out)`` for them.
 
-        Their storage must stay where it is; values may change in place.
+        Their storage must stay where it is. A backend may copy the weights: changed weights need a
+        new binding. The bias may change in place.
         """
         eager = self._bindings.bind_score(weight, bias, rms_norm=rms_norm, eps=eps)
 
@@ -129,7 +130,8 @@ class Backend:
     ) -> BoundScoreAdvance:
         """Check all once; return ``score_advance(hidden, logits, slot, position)``.
 
-        For a monitor whose probes all read one tap. ``logits`` is fp32 [N, P] to work in.
+        For a monitor whose probes all read one tap. ``logits`` is fp32 [N, P] to work in. What may
+        change in place is said at :meth:`bind_score` and :meth:`bind_advance`.
         """
         tables = (slots, evidence, chain, policy)
         options = {"rms_norm": rms_norm, "eps": eps}
@@ -153,6 +155,7 @@ class Backend:
         """Check the probes once; return ``add_rms_norm_score(x, residual, gamma, norm_eps, out)``.
 
         ``rms_norm`` and ``eps`` are those of the probes, ``norm_eps`` is that of the model's norm.
+        What may change in place is said at :meth:`bind_score`.
         """
         options = {"rms_norm": rms_norm, "eps": eps}
         eager = self._bindings.bind_add_rms_norm_score(weight, bias, **options)

@@ -33,7 +33,7 @@ try:
 except ImportError:
     _cpu = None
 
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @dataclass(frozen=True)

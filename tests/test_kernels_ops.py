@@ -122,7 +122,7 @@ def test_unknown_isa_is_an_error_and_no_fallback() -> None:
         "ops.Backend('cpu').bind_score(torch.ones(1, 4), torch.ones(1))",
         MIDSTREAM_CPU_ISA="avx1024",
     )
-    message = "MIDSTREAM_CPU_ISA is 'avx1024'; use one of generic, avx2, avx512"
+    message = "MIDSTREAM_CPU_ISA is 'avx1024'; use one of generic, avx2, avx512, avx512bf16, amx"
     assert ran.stdout.strip() == message
     assert f"ValueError: {message}" in ran.stderr
 

@@ -3,16 +3,38 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
+
+#include "hazard.h"
 
 namespace midstream {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-inline float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
+/// Calls body with the number of states as a constant where it is a usual one, so that loops over
+/// states become straight code.
+template <class Body>
+auto with_states(std::int64_t states, const Body& body) {
+  switch (states) {
+    case 3:
+      return body(std::integral_constant<std::int64_t, 3>());
+    case 4:
+      return body(std::integral_constant<std::int64_t, 4>());
+    case 5:
+      return body(std::integral_constant<std::int64_t, 5>());
+    case 6:
+      return body(std::integral_constant<std::int64_t, 6>());
+    case 8:
+      return body(std::integral_constant<std::int64_t, 8>());
+    default:
+      return body(states);
+  }
+}
 
 /// Divide by the sum; where it is `least` or less (underflow) nothing changes, the answer is false.
-bool normalise(float* mass, std::int64_t states, float least = 0.0f) {
+template <class States>
+inline bool normalise(float* mass, States states, float least = 0.0f) {
   float total = 0.0f;
   for (std::int64_t j = 0; j < states; ++j) total += mass[j];
   if (!(total > least)) return false;
@@ -22,14 +44,18 @@ bool normalise(float* mass, std::int64_t states, float least = 0.0f) {
 
 /// Move the belief by 2^bit tokens; in two halves where that underflows.
 void leap(float* belief, int bit, const ChainTable& chain, std::int64_t states) {
-  const float* step = chain.step_powers + bit * states * states;
-  float moved[kMaxStates] = {};
-  for (std::int64_t i = 0; i < states; ++i) {
-    for (std::int64_t j = 0; j < states; ++j) moved[j] += belief[i] * step[i * states + j];
-  }
-  if (normalise(moved, states, bit > 0 ? kLeastMass : 0.0f)) {
-    std::copy_n(moved, states, belief);
-  } else if (bit > 0) {
+  const bool moved = with_states(states, [&](auto n) {
+    const float* step = chain.step_powers + bit * n * n;
+    float next[kMaxStates];
+    for (std::int64_t j = 0; j < n; ++j) next[j] = 0.0f;
+    for (std::int64_t i = 0; i < n; ++i) {
+      for (std::int64_t j = 0; j < n; ++j) next[j] += belief[i] * step[i * n + j];
+    }
+    if (!normalise(next, n, bit > 0 ? kLeastMass : 0.0f)) return false;
+    for (std::int64_t j = 0; j < n; ++j) belief[j] = next[j];
+    return true;
+  });
+  if (!moved && bit > 0) {
     leap(belief, bit - 1, chain, states);
     leap(belief, bit - 1, chain, states);
   }
@@ -43,13 +69,15 @@ void predict(float* belief, std::int32_t steps, const ChainTable& chain, std::in
   }
 }
 
-/// Weigh the belief by the likelihood of the evidence bin that `log_hazard` falls into.
-void weigh(float* belief, float log_hazard, const float* emission, const float* edges,
-           std::int64_t bins, std::int64_t states) {
-  const std::int64_t bin = std::upper_bound(edges, edges + bins - 1, log_hazard) - edges;
-  float weighed[kMaxStates];
-  for (std::int64_t j = 0; j < states; ++j) weighed[j] = belief[j] * emission[j * bins + bin];
-  if (normalise(weighed, states)) std::copy_n(weighed, states, belief);
+/// Weigh the belief by the likelihood of an evidence bin.
+void weigh(float* belief, std::int64_t bin, const float* emission, std::int64_t bins,
+           std::int64_t states) {
+  with_states(states, [&](auto n) {
+    float weighed[kMaxStates];
+    for (std::int64_t j = 0; j < n; ++j) weighed[j] = belief[j] * emission[j * bins + bin];
+    if (!normalise(weighed, n)) return;
+    for (std::int64_t j = 0; j < n; ++j) belief[j] = weighed[j];
+  });
 }
 
 /// Fold one finite logit into a probe's evidence; `cells` is the probe's ring of `size` logits.
@@ -130,7 +158,8 @@ void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_
   const bool judged = scored && (!in_prompt || closes_prompt);
   const bool missing = response_gap > 0 || (!scored && !in_prompt);
 
-  float log_hazard = 0.0f, largest = -std::numeric_limits<float>::infinity();
+  LogHazard log_hazard;
+  float largest = -std::numeric_limits<float>::infinity();
   std::int16_t cause = kNoCause;
   for (std::int64_t p = 0; p < size.probes; ++p) {
     if (evidence.phase[p] != phase) continue;
@@ -140,7 +169,7 @@ void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_
            size.window);
     }
     const float hazard_logit = slots.evidence[at] - evidence.center[p];
-    log_hazard += softplus(hazard_logit);
+    log_hazard.add(hazard_logit);
     if (cause == kNoCause || hazard_logit > largest) {
       largest = hazard_logit;
       cause = static_cast<std::int16_t>(p);
@@ -149,18 +178,30 @@ void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_
 
   float* belief = slots.belief + s * size.states;
   if (!in_prompt) predict(belief, response_gap + 1, chain, size.states);
-  if (judged && in_prompt) {
-    weigh(belief, log_hazard, chain.prompt_emission, chain.prompt_edges, size.prompt_bins,
-          size.states);
-  } else if (judged) {
-    weigh(belief, log_hazard, chain.emission, chain.edges, size.bins, size.states);
+  if (judged) {
+    const float* edges = in_prompt ? chain.prompt_edges : chain.edges;
+    const float* emission = in_prompt ? chain.prompt_emission : chain.emission;
+    const std::int64_t bins = in_prompt ? size.prompt_bins : size.bins;
+    std::int64_t bin = log_hazard.bin(edges, bins);
+    if (bin < 0) {
+      float exact = 0.0f;
+      for (std::int64_t p = 0; p < size.probes; ++p) {
+        if (evidence.phase[p] == phase) {
+          exact += softplus(slots.evidence[s * size.probes + p] - evidence.center[p]);
+        }
+      }
+      bin = bin_of(exact, edges, bins);
+    }
+    weigh(belief, bin, emission, bins, size.states);
   }
 
   const std::int64_t tier = slots.policy[s];
-  const float* ahead = tables.policy.ahead + tier * size.states;
   float risk = 0.0f;
-  for (std::int64_t j = 0; j < size.states; ++j) risk += belief[j] * ahead[j];
-  risk = std::clamp(risk, 0.0f, 1.0f);
+  if (judged || missing) {
+    const float* ahead = tables.policy.ahead + tier * size.states;
+    for (std::int64_t j = 0; j < size.states; ++j) risk += belief[j] * ahead[j];
+    risk = std::clamp(risk, 0.0f, 1.0f);
+  }
 
   const auto before = static_cast<Verdict>(slots.verdict[s]);
   const Judgement now = judge(before, risk, judged, missing, tier, tables.policy);
@@ -195,6 +236,22 @@ std::int64_t first_bad_row(const Rows& rows, const Tables& tables) {
     if (tier < 0 || tier >= tables.sizes.policies) return n;
   }
   return -1;
+}
+
+std::string explain_bad_row(const Rows& rows, const Tables& tables, std::int64_t bad) {
+  const std::int64_t s = rows.slot[bad];
+  const std::string row = "row " + std::to_string(bad);
+  if (s >= tables.sizes.slots) {
+    return row + " names slot " + std::to_string(s) + ", the table has " +
+           std::to_string(tables.sizes.slots);
+  }
+  if (rows.position[bad] >= kMaxPosition) {
+    return row + " has position " + std::to_string(rows.position[bad]) + ", the limit is " +
+           std::to_string(kMaxPosition);
+  }
+  return row + ", slot " + std::to_string(s) + ", names policy row " +
+         std::to_string(tables.slots.policy[s]) + ", the table has " +
+         std::to_string(tables.sizes.policies);
 }
 
 void advance(const Rows& rows, const Tables& tables) {
