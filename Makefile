@@ -10,13 +10,15 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-inp
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.hpp' -o -name '*.cpp')
 PYTHON_DIRS = $(wildcard monitor kernels tests bench docs) setup.py
 
+LIBRARY := build/libmidstream.so
+
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 # mypy follows the links of the editable install; show the files people edit.
 SOURCE_NAMES := sed 's|build/__editable__[^/]*/midstream/kernels/|kernels/|; \
     s|build/__editable__[^/]*/midstream/|monitor/|'
-.PHONY: help setup demo test lint format bench figures wheel install-check clean distclean FORCE
+.PHONY: help setup demo test lint format bench figures library wheel install-check clean distclean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,6 +47,13 @@ bench: setup  ## benchmarks
 
 figures: setup  ## recompute docs/figures.json and the README's tables
 	$(BIN)/python bench/figures.py
+
+library: $(LIBRARY)  ## libmidstream.so, the C interface (csrc/include/midstream/midstream.h)
+
+$(LIBRARY): $(CXX_FILES)
+	@mkdir -p $(dir $@)
+	$(CXX) -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc/include -shared -pthread \
+	    csrc/cpu/*.cpp csrc/c/*.cpp -o $@
 
 wheel: setup  ## a wheel in dist/
 	$(BIN)/python -m build --wheel --no-isolation
