@@ -44,10 +44,8 @@ def name(value: object) -> str:
     return str(value).replace("torch.", "")
 
 
-# The shared tests. pytest takes the fixture `target` from the module a test is found in.
+# The shared tests. pytest takes the fixture `target` from the module where it finds a test.
 for _module in (test_kernels_score, test_kernels_advance):
-    for _name, _test in list(vars(_module).items()):
+    for _name, _test in vars(_module).items():
         if _name.startswith("test_"):
-            globals()[_name.replace("test_", f"{_module.__name__[8:]}_", 1)] = _test
-            globals()[f"test_{_module.__name__[13:]}_{_name[5:]}"] = _test
-            del globals()[_name.replace("test_", f"{_module.__name__[8:]}_", 1)]
+            globals()[f"test_{_module.__name__.removeprefix('test_kernels_')}_{_name[5:]}"] = _test
