@@ -86,9 +86,7 @@ def _pack(weight: Tensor) -> _Packed:
         part = (rest.view(torch.int32) & _TOP_HALF).view(torch.float32)
         parts.append(part.bfloat16())
         rest = rest - part
-    return _Packed(
-        torch.stack(parts), padded if weight.dtype == torch.float16 else None, float32
-    )
+    return _Packed(torch.stack(parts), padded if weight.dtype == torch.float16 else None, float32)
 
 
 def _load(device: torch.device) -> None:

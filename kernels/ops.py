@@ -79,7 +79,7 @@ class Backend:
     ) -> BoundScore:
         """Check the probes of a tap once; return ``score(hidden, out)`` for them.
 
-        Their storage must stay where it is; values may change in place.
+        Weights may be packed here: after a change to them, bind again.
         """
         eager = self._bindings.bind_score(weight, bias, rms_norm=rms_norm, eps=eps)
 
@@ -249,7 +249,7 @@ def advance(
         As :func:`score`.
     IndexError
         If a slot or its policy row is outside its table, before anything is changed. On a GPU,
-        where looking would need a host sync, ``triton`` treats such a row as padding.
+        where looking would need a host sync, ``triton`` and ``cuda`` treat such a row as padding.
     """
     tables = (table.tensors() for table in (slots, evidence, chain, policy))
     if torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ namespace {
 
 /// One block per row. The block of a run's first row folds the whole run, every other one leaves at
 /// once: nothing is sorted or counted beforehand, and decode and prefill are the same launch.
-__global__ void __launch_bounds__(128) advance_kernel(Rows rows, Tables tables, int chunk) {
+__global__ void __launch_bounds__(128, 1) advance_kernel(Rows rows, Tables tables, int chunk) {
   const std::int64_t first = blockIdx.x;
   const int probes = static_cast<int>(tables.sizes.probes);
   if (!known(tables, rows.slot[first])) {
