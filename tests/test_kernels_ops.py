@@ -89,7 +89,7 @@ def test_triton_without_a_gpu_says_so() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu_says_so() -> None:
-    with pytest.raises(ops.BackendUnavailableError, match="no CUDA device|extension is missing"):
+    with pytest.raises(ops.BackendUnavailableError, match=r"no CUDA device|extension is missing"):
         ops.score(**score_arguments(), backend="cuda")
 
 
@@ -97,7 +97,9 @@ def test_cuda_comes_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "triton"):
         monkeypatch.setitem(backends._MISSING, name, lambda: "")
     assert ops.resolve("cuda") == "cuda"
-    with pytest.raises(ops.BackendUnavailableError, match="works on cuda tensors, these are on cpu"):
+    with pytest.raises(
+        ops.BackendUnavailableError, match="works on cuda tensors, these are on cpu"
+    ):
         ops.resolve("cpu", "cuda")
     monkeypatch.setitem(backends._MISSING, "cuda", lambda: "not built")
     assert ops.resolve("cuda") == "triton"
