@@ -39,9 +39,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PAIRS = list(itertools.product(DTYPES, DTYPES))  # of hidden rows and weights
 
 
-@pytest.fixture
-def target() -> Target:
-    return cuda_emulated.install()
+ON_A_GPU = [Target("cuda", "cuda")] if ops.capabilities()["cuda"].available else []
+
+
+@pytest.fixture(params=[None, *ON_A_GPU], ids=lambda target: str(target or "emulated"))
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param or cuda_emulated.install()
 
 
 def name(value: object) -> str:
@@ -59,9 +62,21 @@ for _module in (test_kernels_score, test_kernels_advance):
 
 
 def score(target: Target, hidden: Tensor, weight: Tensor, bias: Tensor, **options: bool) -> Tensor:
-    out = torch.full((len(hidden), len(weight)), math.nan)
-    ops.score(hidden, weight, bias, out, backend=target.backend, **options)
-    return out
+    """Logits on the CPU; the arguments are brought to the target's device, strides kept."""
+    out = torch.full((len(hidden), len(weight)), math.nan, device=target.device)
+    weight, bias = weight.to(target.device), bias.to(target.device)
+    ops.score(on(target, hidden), weight, bias, out, backend=target.backend, **options)
+    return out.cpu()
+
+
+def on(target: Target, tensor: Tensor) -> Tensor:
+    """A matrix on the target's device, with its strides and its offset from 16 bytes."""
+    if tensor.device.type == target.device:
+        return tensor
+    size, rows = tensor.element_size(), len(tensor)
+    offset = tensor.data_ptr() % 16 // size
+    buffer = torch.empty(offset + rows * tensor.stride(0), dtype=tensor.dtype, device=target.device)
+    return buffer[offset:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def equal(a: Tensor, b: Tensor) -> None:
@@ -123,7 +138,8 @@ def test_many_probes_and_a_wide_stream(
     for probes, width in ((130, 257), (3, 4097)):
         hidden = torch.randn(3, width).to(hidden_dtype)
         weight = (torch.randn(probes, width) / math.sqrt(width)).to(weight_dtype)
-        test_kernels_score.check(target, hidden, weight, torch.randn(probes), True)
+        arguments = (tensor.to(target.device) for tensor in (hidden, weight, torch.randn(probes)))
+        test_kernels_score.check(target, *arguments, rms_norm=True)
 
 
 def test_large_weights_are_split_exactly(target: Target) -> None:
@@ -174,7 +190,7 @@ def test_long_runs_are_their_rows(target: Target, trace: int) -> None:
     rng = np.random.default_rng(seed)
     tables = make_tables(seed, start=120, trace=trace)
     drawn = [random_stream(rng, tables, slot, tokens)[0] for slot, tokens in ((3, 200), (0, 101))]
-    whole, steps = tables.clone(), tables.clone()
+    whole, steps = tables.clone(target.device), tables.clone(target.device)
     run(target, whole, [row for stream in drawn for row in rows_of(stream)])
     for stream in drawn:
         token_by_token(target, steps, rows_of(stream))
@@ -196,7 +212,7 @@ def test_table_sizes(target: Target, sizes: dict[str, object]) -> None:
     seed = fresh_seed()
     tables = make_tables(seed, start=5, **sizes)
     stream, _ = random_stream(np.random.default_rng(seed), tables, 1, 40)
-    expected, whole, steps = tables.clone(), tables.clone(), tables.clone()
+    expected, whole, steps = (tables.clone(place) for place in ("cpu", *[target.device] * 2))
     run(Target("reference"), expected, rows_of(stream))
     run(target, whole, rows_of(stream))
     token_by_token(target, steps, rows_of(stream))
@@ -204,13 +220,13 @@ def test_table_sizes(target: Target, sizes: dict[str, object]) -> None:
     for key, got, true in zip(
         vars(whole.slots), whole.slots.tensors(), expected.slots.tensors(), strict=True
     ):
-        torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
+        torch.testing.assert_close(got.cpu(), true, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
 
 
 def test_too_many_probes_for_shared_memory(target: Target) -> None:
-    tables = make_tables(0, rules=(Rule.LAST,) * 1500, prompt_probes=0)
+    tables = make_tables(0, rules=(Rule.LAST,) * 1500, prompt_probes=0).clone(target.device)
     with pytest.raises(ValueError, match="1500 probes and 5 states do not fit"):
-        ops.Backend("cpu", target.backend).bind_advance(*tables)
+        ops.Backend(target.device, target.backend).bind_advance(*tables)
 
 
 # score_advance
@@ -229,20 +245,18 @@ def test_score_advance_is_score_then_advance(
     torch.manual_seed(seed)
     tables = make_tables(seed, rules=rules, start=17)
     probes, width = len(tables.evidence.rule), 83
-    weight = (torch.randn(probes, width) / math.sqrt(width)).to(weight_dtype)
-    bias = torch.randn(probes)
+    weight = (torch.randn(probes, width) / math.sqrt(width)).to(weight_dtype).to(target.device)
+    bias = torch.randn(probes).to(target.device)
     runs = [(2, range(1)), (-1, range(2)), (0, range(40)), (6, range(1)), (5, [4, 4, 9])]
     pairs = [(s, t) for s, positions in runs for t in positions]
-    slot, position = (
-        torch.tensor(column, dtype=torch.int32) for column in zip(*pairs, strict=True)
-    )
-    hidden = shifted(torch.randn(len(pairs), width).to(hidden_dtype), seed % 2)
+    slot, position = torch.tensor(pairs, dtype=torch.int32, device=target.device).T.contiguous()
+    hidden = on(target, shifted(torch.randn(len(pairs), width).to(hidden_dtype), seed % 2))
     hidden[20, 3] = math.nan
     options = {"rms_norm": bool(seed % 3), "eps": 1e-5, "backend": target.backend}
 
-    one, two = tables.clone(), tables.clone()
-    wide = torch.full((len(pairs), probes + 5), 0.25)
-    logits = torch.full((len(pairs), probes), math.nan)
+    one, two = tables.clone(target.device), tables.clone(target.device)
+    wide = torch.full((len(pairs), probes + 5), 0.25, device=target.device)
+    logits = torch.full((len(pairs), probes), math.nan, device=target.device)
     for shift in (0, 50):  # the second time on moved streams
         moved = position + shift
         ops.score_advance(hidden, weight, bias, wide[:, 2:-3], slot, moved, *one, **options)
@@ -257,22 +271,25 @@ def test_score_advance_is_score_then_advance(
 
 def test_score_advance_of_a_large_bank_takes_two_launches(target: Target) -> None:
     tables = make_tables(0, rules=(Rule.LAST,) * 1000, prompt_probes=0, start=0)
-    backend = ops.Backend("cpu", target.backend)
-    bound = backend.bind_score_advance(torch.zeros(1000, 3), torch.zeros(1000), *tables)
-    zero = torch.zeros(1, dtype=torch.int32)
-    bound(torch.zeros(1, 3), torch.zeros(1, 1000), zero, zero)
+    tables = tables.clone(target.device)
+    backend = ops.Backend(target.device, target.backend)
+    with torch.device(target.device):
+        bound = backend.bind_score_advance(torch.zeros(1000, 3), torch.zeros(1000), *tables)
+        zero = torch.zeros(1, dtype=torch.int32)
+        bound(torch.zeros(1, 3), torch.zeros(1, 1000), zero, zero)
     assert int(tables.slots.scored[0]) == 1
 
 
 def test_no_rows_anywhere(target: Target) -> None:
-    backend = ops.Backend("cpu", target.backend)
-    tables = make_tables(0)
-    weight, bias = torch.ones(9, 4), torch.ones(9)
-    none = torch.zeros(0, dtype=torch.int32)
-    empty = torch.zeros(0, 4)
-    backend.bind_score_advance(weight, bias, *tables)(empty, torch.zeros(0, 9), none, none)
-    bound = backend.bind_add_rms_norm_score(weight, bias)
-    bound(empty, empty.clone(), torch.ones(4), 1e-6, torch.zeros(0, 9))
+    backend = ops.Backend(target.device, target.backend)
+    tables = make_tables(0).clone(target.device)
+    with torch.device(target.device):
+        weight, bias = torch.ones(9, 4), torch.ones(9)
+        none = torch.zeros(0, dtype=torch.int32)
+        empty = torch.zeros(0, 4)
+        backend.bind_score_advance(weight, bias, *tables)(empty, torch.zeros(0, 9), none, none)
+        bound = backend.bind_add_rms_norm_score(weight, bias)
+        bound(empty, empty.clone(), torch.ones(4), 1e-6, torch.zeros(0, 9))
 
 
 # add_rms_norm_score
@@ -290,22 +307,25 @@ def test_add_rms_norm_score(
     torch.manual_seed(fresh_seed())
     rows, probes = (2, 3) if width > 1000 else (37, 11)
     weight, bias = torch.randn(probes, width).to(weight_dtype), torch.randn(probes)
-    gamma = torch.randn(width).to(dtype)
+    weight, bias = weight.to(target.device), bias.to(target.device)
+    gamma = torch.randn(width).to(dtype).to(target.device)
     results = []
     for by in (0, 1):
-        x = shifted(torch.randn(rows, width, generator=torch.manual_seed(1)).to(dtype), by)
-        residual = shifted(torch.randn(rows, width, generator=torch.manual_seed(2)).to(dtype), by)
+        x, residual = (
+            on(target, shifted(torch.randn(rows, width, generator=seeded).to(dtype), by))
+            for seeded in (torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
+        )
         x[-1, width // 2] = math.inf
         expected_x, expected_residual = x.clone(), residual.clone()
-        expected_out = torch.full((rows, probes), math.nan)
-        out = torch.full((rows, probes), math.nan)
+        expected_out = torch.full((rows, probes), math.nan, device=target.device)
+        out = torch.full((rows, probes), math.nan, device=target.device)
         arguments = (gamma, 1e-5, weight, bias)
         ops.add_rms_norm_score(x, residual, *arguments, out, rms_norm=True, backend=target.backend)
         ops.add_rms_norm_score(
             expected_x, expected_residual, *arguments, expected_out, backend="reference"
         )
         equal(residual, expected_residual)
-        equal(out, score(target, residual, weight, bias, rms_norm=True))
+        equal(out.cpu(), score(target, residual, weight, bias, rms_norm=True))
         # Two roundings, each of which may fall to the other side.
         ulp = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(x, expected_x, rtol=ulp, atol=1e-6, equal_nan=True)
@@ -319,12 +339,14 @@ def test_add_rms_norm_score(
 def test_normed_row_does_not_depend_on_its_batch(target: Target) -> None:
     torch.manual_seed(fresh_seed())
     rows, width = 150, 200
-    x, residual = torch.randn(2, rows, width).bfloat16()
-    gamma, weight, bias = torch.randn(width).bfloat16(), torch.randn(4, width), torch.randn(4)
-    together = x.clone(), residual.clone(), torch.full((rows, 4), math.nan)
-    alone = x[7:8].clone(), residual[7:8].clone(), torch.full((1, 4), math.nan)
-    for a, b, out in (together, alone):
-        ops.add_rms_norm_score(a, b, gamma, 1e-6, weight, bias, out, backend=target.backend)
+    x, residual = torch.randn(2, rows, width).bfloat16().to(target.device)
+    gamma = torch.randn(width).bfloat16().to(target.device)
+    weight, bias = torch.randn(4, width).to(target.device), torch.randn(4).to(target.device)
+    out = torch.full((rows, 4), math.nan, device=target.device)
+    together = x.clone(), residual.clone(), out.clone()
+    alone = x[7:8].clone(), residual[7:8].clone(), out[7:8].clone()
+    for a, b, logits in (together, alone):
+        ops.add_rms_norm_score(a, b, gamma, 1e-6, weight, bias, logits, backend=target.backend)
     for one, all_rows in zip(alone, together, strict=True):
         equal(one[0], all_rows[7])
 
