@@ -1,7 +1,9 @@
 """The CUDA backend. Its kernels are in ``csrc/cuda``; this module passes addresses on.
 
 Importing it raises :class:`ImportError` where the extension was not built. Weights are packed when
-they are bound: changing them needs a new binding. Tables are read anew by every call.
+they are bound, by some ten small kernels on the current stream: changing them needs a new binding,
+and ``torch.ops.midstream``, which binds at every call, packs at every call. Tables are read anew by
+every call.
 
 Every call launches one kernel on the current stream of the tensors' device, waits for nothing and
 allocates nothing, so it can be captured in a CUDA graph. Bind before the capture begins: CUDA loads
@@ -89,12 +91,16 @@ def _pack(weight: Tensor) -> _Packed:
     return _Packed(torch.stack(parts), padded if weight.dtype == torch.float16 else None, float32)
 
 
+_LOADED: set[torch.device] = set()
+
+
 def _load(device: torch.device) -> None:
-    """Load the kernels and finish packing, so that any stream may be used from here on."""
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    """Load the kernels onto a device, once."""
+    if device.type == "cuda" and device not in _LOADED:
         with torch.cuda.device(device):
-            _cuda.load()
-            torch.cuda.current_stream().synchronize()
+            if not torch.cuda.is_current_stream_capturing():
+                _cuda.load()
+                _LOADED.add(device)
 
 
 def bind_score(weight: Tensor, bias: Tensor, *, rms_norm: bool, eps: float) -> BoundScore:

@@ -78,6 +78,7 @@ struct TensorCores {
       } else {
         load<false>(x, group, chunk * kColumns + 8 * t, a);
       }
+      __syncwarp();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = chunk * kColumns + 32 * half + 8 * t;
