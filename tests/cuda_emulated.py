@@ -1,6 +1,6 @@
 """The CUDA backend on CPU tensors: its sources compiled against ``tests/native/cuda_emulator``.
 
-``install()`` makes it a backend called ``cuda_emulated``, for the process that calls it.
+``installed()`` makes it a backend called ``cuda_emulated`` while its block runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -82,24 +85,32 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-def install() -> Target:
-    """Make the emulated backend one that ``ops`` knows by name; return the tests' target for it."""
-    if BACKEND not in backends._MISSING:
-        emulated = load("_cuda", build())
-        # A second copy of kernels/cuda.py that finds the emulated extension.
-        import midstream.kernels as package
+@contextmanager
+def installed() -> Iterator[Target]:
+    """Make the emulated backend one that ``ops`` knows by name; yield the tests' target for it."""
+    backend()
+    backends._MISSING[BACKEND] = lambda: ""
+    try:
+        yield Target(BACKEND)
+    finally:
+        del backends._MISSING[BACKEND]
 
-        before = sys.modules.get("midstream.kernels._cuda"), getattr(package, "_cuda", None)
-        sys.modules["midstream.kernels._cuda"] = emulated
-        package._cuda = emulated
-        try:
-            module = load(f"midstream.kernels.{BACKEND}", ROOT / "kernels/cuda.py")
-        finally:
-            del sys.modules["midstream.kernels._cuda"], package._cuda
-            if before[0] is not None:
-                sys.modules["midstream.kernels._cuda"] = before[0]
-            if before[1] is not None:
-                package._cuda = before[1]
-        module._stream = lambda device: 0
-        backends._MISSING[BACKEND] = lambda: ""
-    return Target(BACKEND)
+
+@cache
+def backend() -> ModuleType:
+    """Import a second copy of kernels/cuda.py, one that finds the emulated extension."""
+    import midstream.kernels as package
+
+    name = "midstream.kernels._cuda"
+    before = sys.modules.get(name), getattr(package, "_cuda", None)
+    sys.modules[name] = package._cuda = load("_cuda", build())
+    try:
+        module = load(f"midstream.kernels.{BACKEND}", ROOT / "kernels/cuda.py")
+    finally:
+        del sys.modules[name], package._cuda
+        if before[0] is not None:
+            sys.modules[name] = before[0]
+        if before[1] is not None:
+            package._cuda = before[1]
+    module._stream = lambda device: 0
+    return module

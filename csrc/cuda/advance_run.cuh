@@ -53,6 +53,13 @@ struct RowFacts {
   unsigned char fresh, in_prompt, scored, judged, missing, traced;
 };
 
+/// A stream's numbers beside evidence and belief. In registers they would be there while a tile of
+/// score_advance needs all of them.
+struct StreamState {
+  int expected, scored, unscored, verdict, cause, halted_at;
+  float risk, peak;
+};
+
 /// A stream's state and one chunk of its rows, in shared memory. advance_bytes counts it.
 struct RunMemory {
   // per probe [P]: the evidence table, and the stream's evidence
@@ -68,10 +75,12 @@ struct RunMemory {
   float* z;        // [chunk, P] logits
   float* hazard;   // [chunk, P] evidence - center
   float* beliefs;  // [chunk, K+1]
-  int* count;      // rows in the chunk
-  int* flags;      // kMoves, kJudges
+  StreamState* stream;
+  int* count;  // rows in the chunk
+  int* flags;  // kMoves, kJudges
 };
 static_assert(sizeof(RowFacts) == 5 * 4, "advance_bytes counts 8 words per row: these and 3 more");
+static_assert(sizeof(StreamState) == 8 * 4, "advance_bytes counts 10 words: these and 2 more");
 
 /// What a chunk needs beyond the evidence.
 constexpr int kMoves = 1;   // some row moves or weighs the belief
@@ -91,7 +100,8 @@ __device__ __forceinline__ RunMemory run_memory(unsigned char* memory, const Siz
   m.rule = ints(probes), m.window = ints(probes), m.phase = ints(probes), m.folds = ints(probes);
   m.parameter = take(probes), m.center = take(probes), m.evidence = take(probes);
   m.belief = take(states), m.moved = take(states);
-  m.count = ints(1), m.flags = ints(3);
+  m.stream = reinterpret_cast<StreamState*>(take(8));
+  m.count = ints(1), m.flags = ints(1);
   m.row = reinterpret_cast<RowFacts*>(take(5 * chunk));
   m.risk = take(chunk), m.bin = ints(chunk), m.blamed = ints(chunk);
   m.z = take(chunk * probes), m.hazard = take(chunk * probes);
@@ -245,13 +255,10 @@ __device__ void advance_run(const Rows& rows, const Tables& tables, std::int64_t
   }
   for (int j = thread; j < states; j += threads) m.belief[j] = slots.belief[s * states + j];
 
-  // Held by warp 0.
-  int expected = slots.position[s], scored_count = slots.scored[s];
-  int unscored_count = slots.unscored[s];
-  // Held by thread 0.
-  auto verdict = static_cast<Verdict>(slots.verdict[s]);
-  float risk = slots.risk[s], peak = slots.peak[s];
-  int cause = slots.cause[s], halted_at = slots.halted_at[s];
+  if (thread == 0) {
+    *m.stream = {slots.position[s], slots.scored[s],    slots.unscored[s], slots.verdict[s],
+                 slots.cause[s],    slots.halted_at[s], slots.risk[s],     slots.peak[s]};
+  }
   __syncthreads();
 
   bool reads_prompt = false, reads_response = false;
@@ -276,10 +283,11 @@ __device__ void advance_run(const Rows& rows, const Tables& tables, std::int64_t
         const int before = __shfl_up_sync(kAllLanes, next, apart);
         if (lane >= apart && before > next) next = before;
       }
+      const int expected = m.stream->expected;
       int before = __shfl_up_sync(kAllLanes, next, 1);
       if (lane == 0 || before < expected) before = expected;
       const int last = __shfl_sync(kAllLanes, next, 31);
-      if (last > expected) expected = last;
+      if (lane == 0 && last > expected) m.stream->expected = last;
 
       RowFacts row;
       row.position = t;
@@ -325,12 +333,16 @@ __device__ void advance_run(const Rows& rows, const Tables& tables, std::int64_t
       RowFacts row = {};
       if (mine) row = m.row[lane];
       const bool read = row.in_prompt ? reads_prompt : reads_response;
-      scored_count += __popc(__ballot_sync(kAllLanes, mine && row.scored && read));
+      const int scored = __popc(__ballot_sync(kAllLanes, mine && row.scored && read));
       const int unseen = reads_prompt ? row.gap : row.response_gap;
-      unscored_count += lane_sum(mine ? unseen + (row.scored ? 0 : 1) : 0);
+      const int unscored = lane_sum(mine ? unseen + (row.scored ? 0 : 1) : 0);
       const bool moves = __any_sync(kAllLanes, mine && (!row.in_prompt || row.judged));
       const bool judges = __any_sync(kAllLanes, mine && (row.judged || row.missing));
-      if (lane == 0) *m.flags = (moves ? kMoves : 0) | (judges ? kJudges : 0);
+      if (lane == 0) {
+        m.stream->scored += scored;
+        m.stream->unscored += unscored;
+        *m.flags = (moves ? kMoves : 0) | (judges ? kJudges : 0);
+      }
     }
     for (int p = thread; p < probes; p += threads) {
       const int phase = m.phase[p], rule = m.rule[p], window = m.window[p];
@@ -433,21 +445,24 @@ __device__ void advance_run(const Rows& rows, const Tables& tables, std::int64_t
 
     // Verdicts, in order; a row that is neither judged nor missing leaves it as it was.
     if (thread == 0 && cells + flags > 0) {
+      StreamState& state = *m.stream;
+      auto verdict = static_cast<Verdict>(state.verdict);
       for (int r = 0; r < count; ++r) {
         const RowFacts row = m.row[r];
         if (row.fresh && (row.judged || row.missing)) {
           const float now = m.risk[r];
           const Judgement made = judge(verdict, now, row.judged, row.missing, tier, tables.policy);
           if (made.verdict == Verdict::halt && verdict != Verdict::halt) {
-            cause = made.by_unscored ? static_cast<int>(kUnscoredCause) : m.blamed[r];
-            halted_at = row.position;
+            state.cause = made.by_unscored ? static_cast<int>(kUnscoredCause) : m.blamed[r];
+            state.halted_at = row.position;
           }
           verdict = made.verdict;
-          risk = now;
-          if (row.judged) peak = fmaxf(peak, now);
+          state.risk = now;
+          if (row.judged) state.peak = fmaxf(state.peak, now);
         }
         m.blamed[r] = static_cast<int>(verdict);  // for the trace
       }
+      state.verdict = static_cast<int>(verdict);
     }
     if (cells > 0) {
       __syncthreads();
@@ -479,14 +494,15 @@ __device__ void advance_run(const Rows& rows, const Tables& tables, std::int64_t
   }
   for (int j = thread; j < states; j += threads) slots.belief[s * states + j] = m.belief[j];
   if (thread == 0) {
-    slots.position[s] = expected;
-    slots.scored[s] = scored_count;
-    slots.unscored[s] = unscored_count;
-    slots.verdict[s] = static_cast<std::uint8_t>(verdict);
-    slots.risk[s] = risk;
-    slots.peak[s] = peak;
-    slots.cause[s] = static_cast<std::int16_t>(cause);
-    slots.halted_at[s] = halted_at;
+    const StreamState state = *m.stream;
+    slots.position[s] = state.expected;
+    slots.scored[s] = state.scored;
+    slots.unscored[s] = state.unscored;
+    slots.verdict[s] = static_cast<std::uint8_t>(state.verdict);
+    slots.cause[s] = static_cast<std::int16_t>(state.cause);
+    slots.halted_at[s] = state.halted_at;
+    slots.risk[s] = state.risk;
+    slots.peak[s] = state.peak;
   }
 }
 

@@ -63,7 +63,7 @@ constexpr int advance_threads(std::int64_t rows) { return rows <= 256 ? 32 : 128
 
 /// Bytes of shared memory that a chunk of `chunk` rows takes; see advance_run.cuh.
 constexpr std::int64_t advance_bytes(const Sizes& sizes, int chunk) {
-  const std::int64_t fixed = 7 * sizes.probes + 2 * sizes.states + 4;
+  const std::int64_t fixed = 7 * sizes.probes + 2 * sizes.states + 10;
   return 4 * (fixed + chunk * (2 * sizes.probes + sizes.states + 8));
 }
 
