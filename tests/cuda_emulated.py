@@ -59,13 +59,14 @@ def build() -> Path:
     module.parent.mkdir(exist_ok=True)
     includes = [EMULATOR, ROOT / "csrc/include", ROOT / "csrc/cuda"]
     system = [sysconfig.get_paths()["include"], pybind11.get_include()]
-    objects = []
+    command = ["g++", *FLAGS, *(f"-I{path}" for path in includes)]
+    command += [word for path in system for word in ("-isystem", path)]
+    running, objects = [], []
     for source in sources():
-        target = module.parent / f"{source.stem}.{os.getpid()}.o"
-        command = ["g++", *FLAGS, *(f"-I{path}" for path in includes)]
-        command += [word for path in system for word in ("-isystem", path)]
-        subprocess.run([*command, "-c", "-x", "c++", source, "-o", target], check=True)
-        objects.append(target)
+        objects.append(module.parent / f"{source.stem}.{os.getpid()}.o")
+        step = [*command, "-c", "-x", "c++", str(source), "-o", str(objects[-1])]
+        running.append(subprocess.Popen(step))
+    assert not any(process.wait() for process in running), "the emulated backend does not compile"
     unfinished = module.with_suffix(f".{os.getpid()}")
     subprocess.run(["g++", *FLAGS, *objects, "-o", unfinished], check=True)
     for target in objects:

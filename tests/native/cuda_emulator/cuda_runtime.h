@@ -13,7 +13,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-
 using std::isfinite;
 using std::isinf;
 

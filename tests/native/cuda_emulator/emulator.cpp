@@ -126,8 +126,8 @@ void perform(Fiber* warp, Operation operation, unsigned mask) {
 }
 
 std::string where(unsigned thread) {
-  return " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
-         ", thread " + std::to_string(thread) + ")";
+  return " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", thread " +
+         std::to_string(thread) + ")";
 }
 
 /// Release the warp of `first` if its lanes allow; say whether they did.
