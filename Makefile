@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.hpp' -o -name '*.cpp')
+CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.hpp' -o -name '*.cpp' \
+    -o -name '*.cu' -o -name '*.cuh')
 PYTHON_DIRS = $(wildcard monitor kernels tests bench docs) setup.py
 
 LIBRARY := build/libmidstream.so

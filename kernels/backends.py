@@ -1,8 +1,9 @@
 """Which backends can run here, and the one rule by which one is chosen.
 
-CPU tensors go to ``cpu`` where the C++ extension was built and else to ``reference``; CUDA tensors
-to ``triton`` where it can run and else to ``reference``. A backend that is asked for by name is
-used or refused, never replaced.
+CPU tensors go to ``cpu`` where the C++ extension was built and else to ``reference``. CUDA tensors
+go to ``cuda`` where its extension was built and a device is there, else to ``triton`` where that
+can run, else to ``reference``. A backend that is asked for by name is used or refused, never
+replaced.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def resolve(device: torch.device | str, backend: str | None = None) -> str:
     """
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if backend is None:
-        preferred = {"cpu": "cpu", "cuda": "triton"}.get(kind, "reference")
-        return "reference" if _MISSING[preferred]() else preferred
+        return next(name for name in _PREFERRED.get(kind, ("reference",)) if not _MISSING[name]())
     if backend not in _MISSING:
         raise ValueError(f"there is no backend {backend!r}; choose from {', '.join(_MISSING)}")
     if reason := _MISSING[backend]():
         raise BackendUnavailableError(f"backend {backend!r} cannot run here: {reason}")
-    works_on = {"cpu": "cpu", "triton": "cpu" if triton_interprets() else "cuda"}.get(backend, kind)
+    on_triton = "cpu" if triton_interprets() else "cuda"
+    works_on = {"cpu": "cpu", "triton": on_triton, "cuda": "cuda"}.get(backend, kind)
     if kind != works_on:
         raise BackendUnavailableError(
             f"backend {backend!r} works on {works_on} tensors, these are on {kind}; move them, "
@@ -108,16 +109,16 @@ def _missing_cpu() -> str:
     try:
         from midstream.kernels import _cpu  # noqa: F401
     except ImportError as error:
-        return f"the C++ extension is missing ({_why_not_built() or error})"
+        return f"the C++ extension is missing ({_why_not_built('REASON') or error})"
     return ""
 
 
-def _why_not_built() -> str:
+def _why_not_built(reason: str) -> str:
     try:
         from midstream.kernels import _build_info
     except ImportError:
         return "sources that were not installed; run `pip install .` in their folder"
-    return str(_build_info.REASON)
+    return str(getattr(_build_info, reason))
 
 
 def _isa_error() -> str:
@@ -140,8 +141,22 @@ def _missing_triton() -> str:
     return ""
 
 
+@cache
+def _missing_cuda() -> str:
+    try:
+        from midstream.kernels import _cuda  # noqa: F401
+    except ImportError as error:
+        return f"the CUDA extension is missing ({_why_not_built('CUDA_REASON') or error})"
+    if not torch.cuda.is_available():
+        return "it was built, and torch sees no CUDA device"
+    return ""
+
+
 _MISSING: dict[str, Callable[[], str]] = {
     "reference": lambda: "",
     "cpu": _missing_cpu,
     "triton": _missing_triton,
+    "cuda": _missing_cuda,
 }
+
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

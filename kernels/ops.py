@@ -252,7 +252,7 @@ def advance(
         As :func:`score`.
     IndexError
         If a slot or its policy row is outside its table, before anything is changed. On a GPU,
-        where looking would need a host sync, ``triton`` treats such a row as padding.
+        where looking would need a host sync, ``triton`` and ``cuda`` treat such a row as padding.
     """
     tables = (table.tensors() for table in (slots, evidence, chain, policy))
     if torch.compiler.is_compiling():

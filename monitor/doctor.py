@@ -35,4 +35,6 @@ def _build() -> str:
         from midstream.kernels import _build_info
     except ImportError:
         return "not installed: sources on the path"
-    return _build_info.COMPILER if _build_info.CPU_EXTENSION else f"nothing: {_build_info.REASON}"
+    if not _build_info.CPU_EXTENSION:
+        return f"nothing: {_build_info.REASON}"
+    return ", ".join(filter(None, (_build_info.COMPILER, _build_info.CUDA_COMPILER)))

@@ -47,6 +47,11 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}-{self.isa}" if self.isa else self.backend
 
+    @property
+    def looks_at_rows(self) -> bool:
+        """Whether a bad slot is an error. On a GPU looking would need a wait: it is padding."""
+        return self.backend in ("reference", "cpu")
+
     @contextmanager
     def active(self) -> Iterator[Target]:
         if self.isa is None:
@@ -70,6 +75,8 @@ def targets() -> list[Target]:
         found += [Target("cpu", isa=isa) for isa in ISAS[: widest + 1]]
     if can["triton"].available:
         found.append(Target("triton", "cuda" if torch.cuda.is_available() else "cpu"))
+    if can["cuda"].available:
+        found.append(Target("cuda", "cuda"))
     return found
 
 

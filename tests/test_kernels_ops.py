@@ -53,7 +53,7 @@ def advance_arguments() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_every_backend_is_named_and_the_missing_have_reasons() -> None:
     found = ops.capabilities()
-    assert list(found) == ["reference", "cpu", "triton"]
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
     assert found["reference"].available
     for name, capability in found.items():
         assert capability.name == name
@@ -63,18 +63,19 @@ def test_every_backend_is_named_and_the_missing_have_reasons() -> None:
 def test_the_rule() -> None:
     assert ops.resolve("cpu") == ("cpu" if BUILT else "reference")
     assert ops.resolve(torch.device("cpu"), "reference") == "reference"
-    expected = "triton" if torch.cuda.is_available() else "reference"
-    assert ops.resolve("cuda:0") == expected
+    can = ops.capabilities()
+    gpu = [name for name in ("cuda", "triton", "reference") if can[name].available]
+    assert ops.resolve("cuda:0") == gpu[0]
     assert ops.resolve("meta") == "reference"
 
 
-@pytest.mark.parametrize("missing", ["cpu", "triton"])
+@pytest.mark.parametrize("missing", ["cpu", "triton", "cuda"])
 def test_missing_backend_is_refused_by_name_and_passed_over_by_the_rule(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(backends._MISSING, missing, lambda: "it is not here; build it")
-    device = {"cpu": "cpu", "triton": "cuda"}[missing]
-    assert ops.resolve(device) == "reference"
+    device = "cpu" if missing == "cpu" else "cuda"
+    assert ops.resolve(device) != missing
     with pytest.raises(ops.BackendUnavailableError, match=f"'{missing}'.*not here; build it"):
         ops.resolve(device, missing)
     assert ops.capabilities()[missing] == ops.Capability(missing, False, "it is not here; build it")
@@ -84,6 +85,24 @@ def test_missing_backend_is_refused_by_name_and_passed_over_by_the_rule(
 def test_triton_without_a_gpu_says_so() -> None:
     with pytest.raises(ops.BackendUnavailableError, match="no CUDA device"):
         ops.score(**score_arguments(), backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_says_so() -> None:
+    with pytest.raises(ops.BackendUnavailableError, match=r"no CUDA device|extension is missing"):
+        ops.score(**score_arguments(), backend="cuda")
+
+
+def test_cuda_comes_before_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends._MISSING, name, lambda: "")
+    assert ops.resolve("cuda") == "cuda"
+    with pytest.raises(
+        ops.BackendUnavailableError, match="works on cuda tensors, these are on cpu"
+    ):
+        ops.resolve("cpu", "cuda")
+    monkeypatch.setitem(backends._MISSING, "cuda", lambda: "not built")
+    assert ops.resolve("cuda") == "triton"
 
 
 def test_backend_on_the_wrong_device() -> None:

@@ -19,7 +19,8 @@ def run(*command, cwd, **environment):
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        # The CUDA extension takes a minute, and no test here looks at what is in it.
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "MIDSTREAM_NVCC": ""} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -102,14 +103,16 @@ def test_wheel_from_source_distribution(checkout, tmp_path):
     assert expected <= set(names)
     assert "midstream/py.typed" in names
     assert "midstream/kernels/__init__.py" not in names
-    assert not [name for name in names if name.endswith((".cpp", ".pyc"))]
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".pyc"))]
 
     code = """
 import json
-from midstream.kernels import _build_info, _cpu
-print(json.dumps([_cpu.__file__, _build_info.CPU_EXTENSION, _build_info.REASON, _cpu.isa()]))
+from midstream.kernels import _build_info as info, _cpu
+cuda = [info.CUDA_EXTENSION, info.CUDA_REASON]
+print(json.dumps([_cpu.__file__, info.CPU_EXTENSION, info.REASON, _cpu.isa(), cuda]))
 """
-    file, built, reason, isa = run_python(code, cwd=tmp_path, PYTHONPATH=str(site))
+    file, built, reason, isa, cuda = run_python(code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert cuda == [False, "MIDSTREAM_NVCC is empty"]
     assert Path(file).parent == site / "midstream" / "kernels"
     assert built
     assert reason == ""
@@ -149,4 +152,11 @@ def test_broken_sources_fail_the_build(checkout, tmp_path):
     done = build_wheel(checkout, tmp_path)
     assert done.returncode != 0
     assert "this is broken" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_nvcc_that_does_not_work_fails_the_build(checkout, tmp_path):
+    done = build_wheel(checkout, tmp_path, MIDSTREAM_NVCC="false")
+    assert done.returncode != 0
+    assert "--list-gpu-code" in done.stdout + done.stderr
     assert not list(tmp_path.glob("*.whl"))

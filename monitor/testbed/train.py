@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Final, NamedTuple
@@ -182,15 +183,12 @@ def build_model(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config())
     model.train()
-    done = 0
-    for number, cycle in enumerate(CYCLES):
-        length = max(1, round(cycle.steps * steps))
-        for step, loss in enumerate(
-            _train(model, cycle, length, TRAINING_SEED + seed + number, tokens_per_batch), start=1
-        ):
+    ends = [round(share * steps) for share in accumulate(cycle.steps for cycle in CYCLES)]
+    for number, (cycle, begin, end) in enumerate(zip(CYCLES, [0, *ends], ends, strict=False)):
+        losses = _train(model, cycle, end - begin, TRAINING_SEED + seed + number, tokens_per_batch)
+        for step, loss in enumerate(losses, start=begin + 1):
             if progress is not None:
-                progress(done + step, steps, loss)
-        done += length
+                progress(step, steps, loss)
     model.eval()
     return save_model(model, out_dir)
 
