@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("score", "advance", "ops", "fused", "stateful", "cuda")
+TESTS = ("score", "advance", "ops", "norm", "score_advance", "stateful", "cuda")
 BACKENDS = ("cuda", "triton")
 STEPS = 40  # replays of one captured graph
 

@@ -1,6 +1,6 @@
 """The CUDA backend without a GPU: an emulator for results, nvcc for resources.
 
-The tests of ``score`` and ``advance`` run here once more, on the emulated backend.
+The tests shared by all backends run here once more, on the emulated one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import test_kernels_advance
+import test_kernels_norm
 import test_kernels_score
+import test_kernels_score_advance
 import torch
 from kernel_cases import Tables, Target, fresh_seed, make_tables, random_stream, rows_of, run
 from torch import Tensor
@@ -56,7 +58,12 @@ def name(value: object) -> str:
 
 
 # The shared tests. pytest takes the fixture `target` from the module where it finds a test.
-for _module in (test_kernels_score, test_kernels_advance):
+for _module in (
+    test_kernels_score,
+    test_kernels_advance,
+    test_kernels_norm,
+    test_kernels_score_advance,
+):
     for _name, _test in vars(_module).items():
         if _name.startswith("test_"):
             globals()[f"test_{_module.__name__.removeprefix('test_kernels_')}_{_name[5:]}"] = _test
