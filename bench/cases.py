@@ -1,0 +1,401 @@
+"""What is measured: points of the grid, their inputs, and who competes at each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import model
+import numpy as np
+import plain
+import torch
+from timing import GRAPH_CALLS, MOST_CALLS, Block, captured, loop, nothing, sized
+from torch import Tensor
+from torch.nn import functional as F
+
+from midstream.kernels import ops
+from midstream.kernels.tables import (
+    GAP_BITS,
+    ChainTable,
+    EvidenceTable,
+    OnUnscored,
+    Phase,
+    PolicyTable,
+    Rule,
+    SlotTable,
+)
+
+OPS = ("score", "advance", "score_advance", "add_rms_norm_score")
+STATES, BINS = 5, 12
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NORM_EPS = 1e-6
+SLOWEST_REFERENCE = 64  # rows: the reference takes milliseconds beyond
+
+
+class Point(NamedTuple):
+    """One cell of the grid."""
+
+    op: str
+    rows: int
+    probes: int = 8
+    width: int = 4096
+    dtype: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.op}-N{self.rows}-P{self.probes}-d{self.width}-{self.dtype}"
+
+    @property
+    def work(self) -> model.Work:
+        """Bytes and flops of one call."""
+        element = DTYPES[self.dtype].itemsize
+        if self.op == "advance":
+            return model.advance(self.rows, self.probes, STATES, BINS)
+        sizes = (self.rows, self.probes, self.width, element)
+        if self.op == "score_advance":
+            return model.score_advance(*sizes, STATES, BINS)
+        return getattr(model, self.op)(*sizes)
+
+
+def grid() -> list[Point]:
+    """One axis at a time around N=8, P=8, d=4096, bf16; then corners. ``advance`` has no d."""
+    points: list[Point] = []
+    for op in OPS:
+        points += [Point(op, rows) for rows in (1, 8, 64, 512, 4096, 16384)]
+        points += [Point(op, 8, probes) for probes in (1, 16, 64)]
+        if op == "advance":
+            points += [Point(op, 64, 64)]
+            continue
+        points += [Point(op, 8, 8, width) for width in (2048, 8192)]
+        points += [Point(op, 8, 8, 4096, dtype) for dtype in ("fp16", "fp32")]
+        if op == "score":
+            points += [Point(op, 1, 1, 2048), Point(op, 1, 64, 8192), Point(op, 512, 64)]
+            points += [Point(op, 16384, 1, 2048), Point(op, 16384, 16)]
+    return points
+
+
+class Tables(NamedTuple):
+    """All tables of a monitor."""
+
+    slots: SlotTable
+    evidence: EvidenceTable
+    chain: ChainTable
+    policy: PolicyTable
+
+
+def make_tables(slots: int, probes: int, device: str) -> Tables:
+    """Random tables of usual size: every probe an EMA, K=5, no window, no trace."""
+    rng = np.random.default_rng(0)
+    size = STATES + 1
+
+    def floats(values: object) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=torch.float32, device=device)
+
+    def ints(value: int, count: int) -> Tensor:
+        return torch.full((count,), value, dtype=torch.int32, device=device)
+
+    evidence = EvidenceTable(
+        rule=ints(Rule.EMA, probes),
+        parameter=floats(rng.uniform(0.1, 0.5, probes)),
+        window=ints(1, probes),
+        center=floats(rng.uniform(1.0, 4.0, probes)),
+        phase=ints(Phase.RESPONSE, probes),
+    )
+    # Upper triangular and sticky, as risk is.
+    move = np.triu(rng.dirichlet(np.ones(size), size)) + 4 * np.eye(size)
+    step = 0.95 * move / move.sum(axis=1, keepdims=True)
+    powers = []
+    for _ in range(GAP_BITS):
+        step = step / step.max()
+        powers.append(step)
+        step = step @ step
+    lam = 0.2 * probes  # about the cumulative hazard of usual logits
+    chain = ChainTable(
+        step_powers=floats(np.stack(powers)),
+        emission=floats(rng.dirichlet(np.ones(BINS), size) + 0.01),
+        edges=floats(np.linspace(0.3 * lam, 3 * lam, BINS - 1)),
+        prior=floats(rng.dirichlet(np.ones(size))),
+        prompt_emission=floats(np.ones((size, 1))),
+        prompt_edges=floats(np.zeros(0)),
+    )
+    ahead = np.sort(rng.uniform(0, 1, (1, size)), axis=1)
+    ahead[:, -1] = 1.0
+    policy = PolicyTable(
+        ahead=floats(ahead),
+        halt_at=floats([0.9]),
+        hold_at=floats([0.7]),
+        release_at=floats([0.0]),
+        on_unscored=ints(OnUnscored.PASS, 1),
+    )
+    table = SlotTable.allocate(slots, probes, STATES, device=device)
+    table.belief.copy_(chain.prior.expand(slots, -1))
+    table.cause.fill_(-1)
+    table.halted_at.fill_(-1)
+    return Tables(table, evidence, chain, policy)
+
+
+@cache
+def cold_bytes(device: str) -> int:
+    """Three times the GPU's L2; nothing is rotated on a CPU, where a model's rows are warm."""
+    if device != "cuda":
+        return 0
+    return 3 * int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+
+@dataclass
+class Inputs:
+    """Tensors of a point. Call ``i`` takes ``hidden[i % copies]`` and ``position[i]``."""
+
+    point: Point
+    device: str
+    hidden: Tensor  # [copies, N, d]
+    weight: Tensor
+    bias: Tensor
+    out: Tensor
+    logits: Tensor
+    slot: Tensor
+    position: Tensor  # [calls, N]
+    tables: Tables
+    eaten: Tensor | None = None  # [calls, N, P]: the logits that calls of advance leave as NaN
+
+    @classmethod
+    def of(cls, point: Point, device: str) -> Inputs:
+        """Draw them from a fixed seed."""
+        torch.manual_seed(0)
+        rows, probes, dtype = point.rows, point.probes, DTYPES[point.dtype]
+        width = 1 if point.op == "advance" else point.width
+        copies = 1
+        if device == "cuda":
+            per_copy = rows * width * dtype.itemsize
+            copies = min(GRAPH_CALLS, max(4, -(-cold_bytes(device) // per_copy)))
+        hidden = torch.randn(rows, width, device=device).to(dtype)
+        calls = torch.arange(MOST_CALLS, dtype=torch.int32, device=device)
+        return cls(
+            point,
+            device,
+            hidden.expand(copies, -1, -1).contiguous(),
+            (torch.randn(probes, width, device=device) / width**0.5).to(dtype),
+            torch.randn(probes, device=device),
+            torch.empty(rows, probes, device=device),
+            torch.zeros(rows, probes, device=device),
+            torch.arange(rows, dtype=torch.int32, device=device),
+            calls[:, None].expand(-1, rows).contiguous(),
+            make_tables(rows, probes, device),
+        )
+
+    def rotated(self, calls: int) -> list[Tensor]:
+        """Hidden rows of the calls, in turn."""
+        return [self.hidden[i % len(self.hidden)] for i in range(calls)]
+
+    def fresh(self, calls: int) -> list[tuple[Tensor, Tensor]]:
+        """Logits and slots of the calls: NaN ones would be unscored tokens, a shorter path."""
+        self.eaten = self.logits.expand(calls, -1, -1).contiguous()
+        return [(logits, self.slot) for logits in self.eaten]
+
+    def rewind(self) -> None:
+        """Let positions begin again and refill the logits; on a GPU also empty the L2."""
+        self.tables.slots.position.zero_()
+        if self.eaten is not None:
+            self.eaten.zero_()
+        if self.device == "cuda":
+            _flush_buffer().zero_()
+
+
+@cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(cold_bytes("cuda"), dtype=torch.int8, device="cuda")
+
+
+def backends(device: str) -> list[str]:
+    """Backends that can run on the device's tensors, by the public rule."""
+    found = []
+    for name, capability in ops.capabilities().items():
+        if not capability.available:
+            continue
+        try:
+            ops.resolve(device, name)
+        except ops.BackendUnavailableError:
+            continue
+        found.append(name)
+    return found
+
+
+def contestants(point: Point, device: str) -> list[str]:
+    """Names of the rows measured at a point."""
+    names = [
+        name
+        for name in backends(device)
+        if name != "reference" or (device == "cpu" and point.rows <= SLOWEST_REFERENCE)
+    ]
+    names += ["eager", "compile"]
+    if point.op != "advance":
+        names.append("F.linear")
+    if device == "cpu":
+        names.append("numpy")
+    return names
+
+
+def block(inputs: Inputs, who: str) -> Block:
+    """Return a contestant's block: a loop on the CPU, a graph on a GPU."""
+    call, arguments, prepare = _contest(inputs, who)
+    if inputs.device == "cuda":
+        return captured(call, arguments(GRAPH_CALLS), prepare)
+    return sized(lambda calls: loop(call, arguments(calls), prepare))
+
+
+Arguments = Callable[[int], list[tuple[Any, ...]]]
+
+
+def _contest(inputs: Inputs, who: str) -> tuple[Callable[..., object], Arguments, Any]:
+    op = inputs.point.op
+    prepare = inputs.rewind if op in ("advance", "score_advance") else nothing
+    if inputs.device == "cuda":
+        prepare = inputs.rewind
+    if who == "F.linear":
+        return _linear(inputs), lambda calls: [(h,) for h in inputs.rotated(calls)], prepare
+    if who in backends(inputs.device):
+        call = ours(inputs, who)
+    elif who == "numpy":
+        call = _numpy(inputs)
+    else:
+        call = _pytorch(inputs, compiled=who == "compile")
+    if who == "numpy":
+        return _numpy_arguments(inputs, call, prepare)
+
+    def arguments(calls: int) -> list[tuple[Any, ...]]:
+        if op == "score":
+            return [(hidden, inputs.out) for hidden in inputs.rotated(calls)]
+        if op == "add_rms_norm_score":
+            return _norm_arguments(inputs, calls)
+        logits, slot = inputs.logits, inputs.slot
+        if who in ("eager", "compile"):
+            slot = slot.long()
+            if op == "advance":
+                return [(logits, slot)] * calls
+            return [(hidden, slot) for hidden in inputs.rotated(calls)]
+        if op == "advance":
+            return [(*row, inputs.position[i]) for i, row in enumerate(inputs.fresh(calls))]
+        return [
+            (hidden, logits, slot, inputs.position[i])
+            for i, hidden in enumerate(inputs.rotated(calls))
+        ]
+
+    return call, arguments, prepare
+
+
+def _norm_arguments(inputs: Inputs, calls: int) -> list[tuple[Any, ...]]:
+    """In place: the values settle near 1, as the norm makes them; gamma is small to that end."""
+    dtype = inputs.hidden.dtype
+    gamma = torch.full((inputs.point.width,), 1e-3, dtype=dtype, device=inputs.device)
+    pairs = [(copy.clone(), copy) for copy in inputs.hidden]
+    return [(*pairs[i % len(pairs)], gamma, NORM_EPS, inputs.out) for i in range(calls)]
+
+
+def ours(inputs: Inputs, backend: str) -> Callable[..., None]:
+    """Bind the op of the point."""
+    bound = ops.Backend(inputs.device, backend)
+    probes = (inputs.weight, inputs.bias)
+    match inputs.point.op:
+        case "score":
+            return bound.bind_score(*probes)
+        case "advance":
+            return bound.bind_advance(*inputs.tables)
+        case "score_advance":
+            return bound.bind_score_advance(*probes, *inputs.tables)
+        case _:
+            return bound.bind_add_rms_norm_score(*probes)
+
+
+def _linear(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    weight = inputs.weight
+    return lambda hidden: F.linear(hidden, weight)
+
+
+def _pytorch(inputs: Inputs, *, compiled: bool) -> Callable[..., object]:
+    op, weight = inputs.point.op, inputs.weight
+    bias = inputs.bias.to(weight.dtype)
+    if op == "score":
+
+        def call(hidden: Tensor, out: Tensor) -> None:
+            out.copy_(F.linear(hidden, weight, bias))
+
+    elif op == "add_rms_norm_score":
+
+        def call(x: Tensor, residual: Tensor, gamma: Tensor, eps: float, out: Tensor) -> None:
+            plain.add_rms_norm_score(x, residual, gamma, eps, weight, bias, out)
+
+    else:
+        step = plain.PlainStep(weight, inputs.bias, *inputs.tables, inputs.point.rows)
+        if op == "advance":
+            call = step.direct_advance
+        else:
+            call = step.folded_whole if compiled else step.folded
+    return plain.compiled(call) if compiled else call
+
+
+def _numpy(inputs: Inputs) -> Callable[..., object]:
+    """The same in NumPy with fp32 inputs: it has no bf16, so it reads twice the bytes."""
+    weight = np.ascontiguousarray(inputs.weight.float().numpy().T)
+    bias, out = inputs.bias.numpy(), inputs.out.numpy()
+    op = inputs.point.op
+    if op == "score":
+
+        def score(hidden: np.ndarray) -> None:
+            np.matmul(hidden, weight, out=out)
+            np.add(out, bias, out=out)
+
+        return score
+    if op == "add_rms_norm_score":
+
+        def norm(x: np.ndarray, residual: np.ndarray, gamma: np.ndarray) -> None:
+            np.add(residual, x, out=residual)
+            scale = np.einsum("nd,nd->n", residual, residual) / residual.shape[1] + NORM_EPS
+            np.multiply(residual, (1 / np.sqrt(scale))[:, None], out=x)
+            np.multiply(x, gamma, out=x)
+            np.matmul(residual, weight, out=out)
+            np.add(out, bias, out=out)
+
+        return norm
+    table, evidence, chain, policy = (
+        {name: tensor.numpy() for name, tensor in vars(t).items() if isinstance(tensor, Tensor)}
+        for t in inputs.tables
+    )
+    alpha, center = evidence["parameter"], evidence["center"]
+    state, beliefs = table["evidence"].copy(), table["belief"].copy()
+    risks, verdicts = table["risk"].copy(), table["verdict"].astype(np.int64)
+    step, emission = chain["step_powers"][0], np.ascontiguousarray(chain["emission"].T)
+    edges, ahead = chain["edges"], policy["ahead"][0]
+    thresholds = np.array([policy["hold_at"][0], policy["halt_at"][0]])
+
+    def advance(z: np.ndarray, slot: np.ndarray) -> None:
+        old = state[slot]
+        new = old + alpha * (z - old)
+        log_hazard = np.logaddexp(0, new - center).sum(axis=1)
+        likelihood = emission[np.searchsorted(edges, log_hazard, side="right")]
+        belief = (beliefs[slot] @ step) * likelihood
+        belief /= belief.sum(axis=1, keepdims=True)
+        risk = belief @ ahead
+        decided = np.searchsorted(thresholds, risk, side="right")
+        verdicts[slot] = np.maximum(verdicts[slot], decided)
+        state[slot], beliefs[slot], risks[slot] = new, belief, risk
+
+    if op == "advance":
+        return advance
+    return lambda hidden, slot: advance(hidden @ weight + bias, slot)
+
+
+def _numpy_arguments(
+    inputs: Inputs, call: Callable[..., object], prepare: Any
+) -> tuple[Callable[..., object], Arguments, Any]:
+    hidden, slot = inputs.hidden[0].float().numpy(), inputs.slot.long().numpy()
+    match inputs.point.op:
+        case "score":
+            row: tuple[Any, ...] = (hidden,)
+        case "advance":
+            row = (inputs.logits.numpy().copy(), slot)
+        case "score_advance":
+            row = (hidden, slot)
+        case _:
+            row = (hidden.copy(), hidden.copy(), np.full(hidden.shape[1], 1e-3, np.float32))
+    return call, lambda calls: [row] * calls, prepare
