@@ -1,7 +1,7 @@
 """Every op, every backend, and what one would use instead, over the grid of cases.py.
 
-``make bench`` writes ``results/kernels-<device>.csv`` and a page of plots. On a CPU one thread up to
-64 rows, as beside a model that decodes, and all of torch's threads beyond.
+``make bench`` writes ``results/kernels-<device>.csv`` and a page of plots. On a CPU one thread up
+to 64 rows, as beside a model that decodes, and all of torch's threads beyond.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import torch
 from timing import Block, Quantiles, captured, interleaved, loop, sized
@@ -33,7 +34,7 @@ def read_blocks(nbytes: int, threads: int) -> dict[str, Block]:
     memchr.restype = ctypes.c_void_p
     start, size = buffer.data_ptr(), 4 * count
     edges = [size * i // threads for i in range(threads + 1)]
-    slices = [(start + a, 1, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    slices = [(start + a, 1, b - a) for a, b in pairwise(edges)]
     others = pool(threads - 1) if threads > 1 else None
 
     def scan() -> None:

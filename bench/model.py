@@ -56,9 +56,7 @@ def advance(rows: int, probes: int, states: int, bins: int) -> Work:
     return Work(rows * row + tables, rows * flops)
 
 
-def score_advance(
-    rows: int, probes: int, width: int, element: int, states: int, bins: int
-) -> Work:
+def score_advance(rows: int, probes: int, width: int, element: int, states: int, bins: int) -> Work:
     """Both; the logits are neither written nor read in between, and NaN at the end."""
     both = score(rows, probes, width, element) + advance(rows, probes, states, bins)
     return Work(both.bytes - 2 * rows * probes * FP32, both.flops)

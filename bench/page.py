@@ -1,6 +1,6 @@
 """Turn CSVs of ``make bench`` into one page of plots that needs nothing else.
 
-    python bench/page.py results/*.csv --out results/page
+python bench/page.py results/*.csv --out results/page
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def cost(rows: Iterable[Record]) -> str:
 
 
 def roofline(rows: Iterable[Record]) -> str:
-    """Plot achieved flops against flops per byte; a line is the ceiling measured for those bytes."""
+    """Plot achieved flops against flops per byte; dashes are the ceilings of the same bytes."""
 
     def draw(axes: Axes) -> None:
         for who, mine in _by_who(rows):

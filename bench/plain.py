@@ -106,6 +106,7 @@ class PlainStep:
         self.moves = torch.empty(rows, *self.joint.shape[1:], device=device)
         self.moved = torch.empty(rows, 1, self.states + 2, device=device)
         self.moved_rows, self.total = self.moved[:, 0, :-1], self.moved[:, 0, -1:]
+        self.exceeded = torch.empty(rows, 2, dtype=torch.bool, device=device)
         self.decided = torch.empty(rows, dtype=torch.int64, device=device)
 
     def direct(self, hidden: Tensor, slot: Tensor) -> None:
@@ -140,7 +141,8 @@ class PlainStep:
         torch.index_select(self.joint, 0, self.bin, out=self.moves)
         torch.bmm(self.old_belief, self.moves, out=self.moved)
         torch.div(self.moved_rows, self.total, out=self.new_belief_risk)
-        torch.bucketize(self.new_risk, self.thresholds, right=True, out=self.decided)
+        torch.ge(self.new_risk[:, None], self.thresholds, out=self.exceeded)
+        torch.sum(self.exceeded, dim=1, out=self.decided)
         torch.maximum(self.old_verdict, self.decided, out=self.new_verdict)
         self.state.index_copy_(0, slot, self.new)
 
@@ -161,7 +163,7 @@ class PlainStep:
         moves = self.joint[torch.bucketize(log_hazard, self.edges, right=True)]
         moved = (old[:, ends[0] : ends[1], None] * moves).sum(dim=1)
         moved = moved[:, :-1] / moved[:, -1:]
-        decided = torch.bucketize(moved[:, -1], self.thresholds, right=True)
+        decided = (moved[:, -1:] >= self.thresholds).sum(dim=1)
         verdict = torch.maximum(old[:, -1], decided.float())
         self.state[slot] = torch.cat([evidence, moved, verdict[:, None]], dim=1)
 

@@ -144,6 +144,4 @@ def read(path: Path) -> list[Record]:
         reader = csv.DictReader(file)
         if reader.fieldnames != list(names):
             raise ValueError(f"{path}: columns are {reader.fieldnames}, expected {list(names)}")
-        return [
-            Record(**{name: kind(row[name]) for name, kind in names.items()}) for row in reader
-        ]
+        return [Record(**{name: kind(row[name]) for name, kind in names.items()}) for row in reader]

@@ -117,7 +117,7 @@ def interleaved(
     warm_up: float = WARM_UP,
     least: int = 9,
 ) -> dict[str, list[float]]:
-    """Run the blocks in turn for about ``seconds`` and at least ``least`` rounds; return samples."""
+    """Run the blocks in turn, for about ``seconds`` and ``least`` rounds or more; return samples."""
     until = time.perf_counter() + warm_up
     while True:
         for block in blocks.values():
