@@ -192,7 +192,7 @@ class Inputs:
 
     def fresh(self, calls: int) -> list[tuple[Tensor, Tensor]]:
         """Logits and slots of the calls: NaN ones would be unscored tokens, a shorter path."""
-        self.eaten = self.logits.expand(calls, -1, -1).contiguous()
+        self.eaten = self.logits.repeat(calls, 1, 1)
         return [(logits, self.slot) for logits in self.eaten]
 
     def rewind(self) -> None:

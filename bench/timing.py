@@ -81,6 +81,10 @@ def captured(call: Call, arguments: Sequence[tuple[Any, ...]], prepare: Call = n
 
 def sized(make: Callable[[int], Block], least: float = LEAST_BLOCK) -> Block:
     """Return ``make(calls)`` with so many calls that a block lasts ``least`` seconds."""
+    block = make(1)
+    _host_seconds(block)  # compiles, and touches the memory
+    if _host_seconds(block) >= least:
+        return block
     block = make(8)
     fastest = min(_host_seconds(block) for _ in range(3))
     calls = max(1, min(MOST_CALLS, math.ceil(least / fastest)))
@@ -117,7 +121,7 @@ def interleaved(
     warm_up: float = WARM_UP,
     least: int = 9,
 ) -> dict[str, list[float]]:
-    """Run the blocks in turn, for about ``seconds`` and ``least`` rounds or more; return samples."""
+    """Run the blocks in turn for ``seconds``, and ``least`` rounds or more; return the samples."""
     until = time.perf_counter() + warm_up
     while True:
         for block in blocks.values():
