@@ -21,7 +21,7 @@ import plain
 import records
 import torch
 from cases import Inputs, Point
-from timing import Block, Quantiles, interleaved, loop, sized
+from timing import Block, Quantiles, interleaved, loop, ratio, sized
 
 from midstream.kernels import ops
 
@@ -146,8 +146,8 @@ def _call_us(result: Result, size: Size) -> float:
     """
     inputs = Inputs.of(Point("score_advance", 1, 1, 1), "cpu")
     blocks = {"score_advance": cases.block(inputs, "cpu")}
-    medians = keep(result, "call", interleaved(blocks, seconds=size.seconds / 2))
-    return medians["score_advance"] * 1e6
+    samples = interleaved(blocks, seconds=size.seconds / 2)
+    return keep(result, "call", samples)["score_advance"] * 1e6
 
 
 def step_blocks(rows: int, size: Size, device: str = "cpu") -> dict[str, Block]:
@@ -175,13 +175,12 @@ def _steps(result: Result, size: Size) -> None:
     worst: dict[str, float] = {}
     for rows in size.decode_rows:
         samples = interleaved(step_blocks(rows, size), seconds=size.seconds)
-        medians = keep(result, f"step N={rows}", samples)
+        keep(result, f"step N={rows}", samples)
         for kind in ("eager", "compile"):
-            times = [t for who, t in medians.items() if who.startswith(kind)]
-            if times:
-                ratio = min(times) / medians["ours"]
-                worst[kind] = min(worst.get(kind, ratio), ratio)
-                say(f"cpu: N={rows}, best {kind} / ours {ratio:.2f}")
+            if names := [who for who in samples if who.startswith(kind)]:
+                gain = ratio(samples, names, ["ours"])
+                worst[kind] = min(worst.get(kind, gain), gain)
+                say(f"cpu: N={rows}, best {kind} / ours {gain:.2f}")
     result["cpu_step_vs_eager"] = worst.get("eager")
     result["cpu_step_vs_compile"] = worst.get("compile")
 
@@ -192,8 +191,8 @@ def _prefill(result: Result, size: Size, threads: int) -> float:
     blocks = {"score": cases.block(inputs, "cpu"), "F.linear": cases.block(inputs, "F.linear")}
     reads = ceiling.read_blocks(inputs.hidden[0].nbytes, threads)
     samples = interleaved({**blocks, **reads}, seconds=2 * size.seconds)
-    medians = keep(result, f"prefill N={point.rows} threads={threads}", samples)
-    return medians["score"] / min(medians[name] for name in reads)
+    keep(result, f"prefill N={point.rows} threads={threads}", samples)
+    return ratio(samples, ["score"], list(reads))
 
 
 def _amx(result: Result, size: Size) -> None:
@@ -214,8 +213,9 @@ def _amx(result: Result, size: Size) -> None:
             blocks[isa] = cases.block(inputs, "cpu")
     finally:
         _cpu.set_isa_cap(before)
-    medians = keep(result, "amx N=512 P=64", interleaved(blocks, seconds=size.seconds))
-    result["cpu_amx_vs_avx512"] = medians[below] / medians["amx"]
+    samples = interleaved(blocks, seconds=size.seconds)
+    keep(result, "amx N=512 P=64", samples)
+    result["cpu_amx_vs_avx512"] = ratio(samples, [below], ["amx"])
 
 
 if __name__ == "__main__":

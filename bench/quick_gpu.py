@@ -10,7 +10,7 @@ import plain
 import torch
 from cases import Inputs, Point
 from quick import keep, say
-from timing import GRAPH_CALLS, Block, captured, interleaved
+from timing import GRAPH_CALLS, Block, captured, interleaved, ratio
 
 from midstream.kernels import ops
 
@@ -58,11 +58,11 @@ def _decode(result: Result, size: Size) -> None:
             call = plain.compiled(getattr(step, form), how)
             blocks[f"compile {form}"] = captured(call, arguments, inputs.rewind)
         samples = interleaved(blocks, device=DEVICE, seconds=size.seconds)
-        medians = keep(result, f"gpu decode N={rows}", samples)
-        compiled = min(t for who, t in medians.items() if who.startswith("compile"))
-        worst_empty = max(worst_empty, medians["ours"] / medians["empty"])
-        least_compile = min(least_compile, compiled / medians["ours"])
-        least_cublas = min(least_cublas, medians["cublas"] / medians["ours"])
+        keep(result, f"gpu decode N={rows}", samples)
+        compiled = [who for who in samples if who.startswith("compile")]
+        worst_empty = max(worst_empty, ratio(samples, ["ours"], ["empty"]))
+        least_compile = min(least_compile, ratio(samples, compiled, ["ours"]))
+        least_cublas = min(least_cublas, ratio(samples, ["cublas"], ["ours"]))
     result["gpu_decode_vs_empty"] = worst_empty
     result["gpu_decode_vs_compile"] = least_compile
     result["gpu_decode_vs_cublas"] = least_cublas
@@ -76,8 +76,9 @@ def _prefill(result: Result, size: Size) -> None:
         "copy": ceiling.copy_block(point.work.bytes),
     }
     samples = interleaved(blocks, device=DEVICE, seconds=size.seconds)
-    medians = keep(result, f"gpu prefill N={point.rows}", samples)
-    result["gpu_prefill_vs_copy"] = medians["copy"] / medians["score"]
+    keep(result, f"gpu prefill N={point.rows}", samples)
+    # Both move the same bytes by the model, so bandwidths are as times turned round.
+    result["gpu_prefill_vs_copy"] = ratio(samples, ["copy"], ["score"])
 
 
 def _norm(result: Result, size: Size) -> None:
@@ -93,9 +94,9 @@ def _norm(result: Result, size: Size) -> None:
         for name, call in _norms().items():
             blocks[f"norm {name}"] = captured(call, arguments, inputs.rewind)
         samples = interleaved(blocks, device=DEVICE, seconds=size.seconds)
-        medians = keep(result, f"gpu norm N={rows}", samples)
-        best = min(t for who, t in medians.items() if who.startswith("norm"))
-        worst = max(worst, medians["ours"] / best)
+        keep(result, f"gpu norm N={rows}", samples)
+        norms = [who for who in samples if who.startswith("norm")]
+        worst = max(worst, ratio(samples, ["ours"], norms))
     result["gpu_norm_score_vs_norm"] = worst
 
 
@@ -130,8 +131,8 @@ def _llm(result: Result, size: Size) -> None:
         say(f"gpu: decoding, batch {batch}")
         blocks: dict[str, Block] = decoder.blocks(batch)
         samples = interleaved(blocks, device=DEVICE, seconds=3 * size.seconds, least=30)
-        medians = keep(result, f"gpu llm batch={batch}", samples)
-        worst = max(worst, medians["monitored"] / medians["plain"])
+        keep(result, f"gpu llm batch={batch}", samples)
+        worst = max(worst, ratio(samples, ["monitored"], ["plain"]))
         del blocks
         torch.cuda.empty_cache()
     result["gpu_llm_step_ratio"] = worst

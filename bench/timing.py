@@ -39,6 +39,19 @@ class Quantiles(NamedTuple):
         return cls(fifths[0], statistics.median(samples), fifths[3])
 
 
+def ratio(samples: Mapping[str, list[float]], over: Sequence[str], under: Sequence[str]) -> float:
+    """Return the ratio of the fastest by median of ``over`` to the fastest of ``under``.
+
+    It is the median of the ratios within each round: a neighbour that slows some rounds down slows
+    both sides of them.
+    """
+    above, below = (
+        samples[min(names, key=lambda name: statistics.median(samples[name]))]
+        for names in (over, under)
+    )
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
 def nothing() -> None:
     """Prepare nothing."""
 

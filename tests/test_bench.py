@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import ceiling
@@ -15,6 +16,7 @@ import plain
 import plain_numpy
 import pytest
 import quick
+import quick_gpu
 import records
 import timing
 import torch
@@ -48,6 +50,12 @@ def test_bytes_of_the_design() -> None:
 def test_quantiles_interpolate() -> None:
     assert timing.Quantiles.of([5.0]) == (5.0, 5.0, 5.0)
     assert timing.Quantiles.of([4.0, 0.0, 1.0, 3.0, 2.0, 5.0]) == (1.0, 2.5, 4.0)
+
+
+def test_ratio_is_within_rounds_and_against_the_fastest() -> None:
+    samples = {"a": [2.0, 8.0, 2.0], "b": [1.0, 4.0, 1.0], "slow": [9.0, 9.0, 9.0]}
+    assert timing.ratio(samples, ["a"], ["slow", "b"]) == 2.0
+    assert timing.ratio(samples, ["slow", "a"], ["b"]) == 2.0
 
 
 def test_blocks_take_turns_and_prepare_before_each() -> None:
@@ -211,6 +219,29 @@ def test_quick_prints_every_name() -> None:
         value, unit, asked, command = measured["cpu_call_us"]
         assert value > 0
         assert (unit, asked, command) == ("us", "≤ 3", "python bench/quick.py")
+
+
+def test_the_gpu_part_runs_with_loops_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the graphs: without a GPU its tensors are on the CPU, and nothing is compiled."""
+    monkeypatch.setattr(quick_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(quick_gpu, "GRAPH_CALLS", 2)
+    monkeypatch.setattr(quick_gpu, "captured", timing.loop)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(plain, "compiled", lambda function, how="default": function)
+    monkeypatch.setattr(ceiling, "copy_block", lambda nbytes: ceiling.read_blocks(nbytes, 1)["sum"])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1 << 30)
+    )
+    size = quick.Size(decode_rows=(1, 3), prefill_rows=8, width=16, seconds=0.0)
+    result: quick.Result = {"reasons": {}, "detail": {}}
+    with torch.inference_mode():
+        quick_gpu.measure_gpu(result, size)
+    names = {name for name in quick.FIGURES if name.startswith("gpu_")}
+    assert result["reasons"].keys() == {"gpu_llm_step_ratio"}
+    assert "40 GiB" in result["reasons"]["gpu_llm_step_ratio"]
+    assert names - result.keys() == {"gpu_llm_step_ratio"}
+    assert all(result[name] > 0 for name in names - {"gpu_llm_step_ratio"})
 
 
 def test_the_small_decoder_watches_every_token() -> None:
