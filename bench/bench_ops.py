@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cases
 import ceiling
+import contest
 import pytest
 import records
 import timing
@@ -22,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 THREADS = torch.get_num_threads()
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SECONDS = 0.15  # per contestant and point; the grid has some 300
-PAIRS = [(point, who) for point in cases.grid() for who in cases.contestants(point, DEVICE)]
+PAIRS = [(point, who) for point in cases.grid() for who in contest.contestants(point, DEVICE)]
 
 Keep = Callable[[cases.Point, str, Sequence[float], int], None]
 
@@ -62,7 +63,7 @@ def bench_op(benchmark: BenchmarkFixture, keep: Keep, point: cases.Point, who: s
     samples: list[float] = []
     try:
         with torch.inference_mode():
-            block = cases.block(inputs_of(point), who)
+            block = contest.block(inputs_of(point), who)
             until = timing.interleaved({who: block}, device=DEVICE, seconds=0, least=3)
             rounds = max(5, min(200, int(SECONDS / (block.calls * min(until[who])))))
             benchmark.pedantic(

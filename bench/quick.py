@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import cases
 import ceiling
+import contest
 import plain
 import records
 import torch
@@ -71,7 +71,7 @@ def measure(size: Size | None = None) -> Result:
     result: Result = dict.fromkeys(FIGURES)
     result |= {"reasons": {}, "detail": {}, "machine": asdict(records.Machine.here())}
     with torch.inference_mode():
-        if "cpu" not in cases.backends("cpu"):
+        if "cpu" not in contest.backends("cpu"):
             _explain(result, "cpu_", ops.capabilities()["cpu"].reason)
         else:
             _cpu(result, size)
@@ -145,7 +145,7 @@ def _call_us(result: Result, size: Size) -> float:
     an upper bound of what a call costs above its kernel.
     """
     inputs = Inputs.of(Point("score_advance", 1, 1, 1), "cpu")
-    blocks = {"score_advance": cases.block(inputs, "cpu")}
+    blocks = {"score_advance": contest.block(inputs, "cpu")}
     samples = interleaved(blocks, seconds=size.seconds / 2)
     return keep(result, "call", samples)["score_advance"] * 1e6
 
@@ -154,7 +154,7 @@ def step_blocks(rows: int, size: Size, device: str = "cpu") -> dict[str, Block]:
     """Return ``score_advance`` and every plain form of the same step."""
     inputs = Inputs.of(Point("score_advance", rows, width=size.width), device)
     slot, hidden = inputs.slot.long(), inputs.hidden[0]
-    blocks = {"ours": cases.block(inputs, ops.resolve(device))}
+    blocks = {"ours": contest.block(inputs, ops.resolve(device))}
 
     def add(name: str, form: str, wrap: Callable[..., Any] | None = None) -> None:
         step = plain.PlainStep(inputs.weight, inputs.bias, *inputs.tables, rows)
@@ -188,7 +188,7 @@ def _steps(result: Result, size: Size) -> None:
 def _prefill(result: Result, size: Size, threads: int) -> float:
     point = Point("score", size.prefill_rows, 16, size.width)
     inputs = Inputs.of(point, "cpu")
-    blocks = {"score": cases.block(inputs, "cpu"), "F.linear": cases.block(inputs, "F.linear")}
+    blocks = {"score": contest.block(inputs, "cpu"), "F.linear": contest.block(inputs, "F.linear")}
     reads = ceiling.read_blocks(inputs.hidden[0].nbytes, threads)
     samples = interleaved({**blocks, **reads}, seconds=2 * size.seconds)
     keep(result, f"prefill N={point.rows} threads={threads}", samples)
@@ -210,7 +210,7 @@ def _amx(result: Result, size: Size) -> None:
         for isa in (below, "amx"):
             _cpu.set_isa_cap(isa)
             # A binding keeps the instruction set that it was made with.
-            blocks[isa] = cases.block(inputs, "cpu")
+            blocks[isa] = contest.block(inputs, "cpu")
     finally:
         _cpu.set_isa_cap(before)
     samples = interleaved(blocks, seconds=size.seconds)

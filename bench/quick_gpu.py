@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import cases
 import ceiling
+import contest
 import plain
 import torch
 from cases import Inputs, Point
@@ -45,10 +46,10 @@ def _decode(result: Result, size: Size) -> None:
     for rows in size.decode_rows:
         inputs = Inputs.of(Point("score_advance", rows, width=size.width), DEVICE)
         blocks = {
-            "ours": cases.block(inputs, ops.resolve(DEVICE)),
+            "ours": contest.block(inputs, ops.resolve(DEVICE)),
             # spins for no cycle at all: a launch and nothing else
             "empty": captured(torch.cuda._sleep, [(0,)] * GRAPH_CALLS, inputs.rewind),
-            "cublas": cases.block(inputs, "F.linear"),
+            "cublas": contest.block(inputs, "F.linear"),
         }
         slot = inputs.slot.long()
         arguments = [(hidden, slot) for hidden in inputs.rotated(GRAPH_CALLS)]
@@ -72,7 +73,7 @@ def _prefill(result: Result, size: Size) -> None:
     point = Point("score", size.prefill_rows, 16, size.width)
     inputs = Inputs.of(point, DEVICE)
     blocks = {
-        "score": cases.block(inputs, ops.resolve(DEVICE)),
+        "score": contest.block(inputs, ops.resolve(DEVICE)),
         "copy": ceiling.copy_block(point.work.bytes),
     }
     samples = interleaved(blocks, device=DEVICE, seconds=size.seconds)
@@ -86,7 +87,7 @@ def _norm(result: Result, size: Size) -> None:
     worst = 0.0
     for rows in (*size.decode_rows, 1024, size.prefill_rows):
         inputs = Inputs.of(Point("add_rms_norm_score", rows, width=size.width), DEVICE)
-        blocks = {"ours": cases.block(inputs, ops.resolve(DEVICE))}
+        blocks = {"ours": contest.block(inputs, ops.resolve(DEVICE))}
         gamma = torch.full((size.width,), 1e-3, dtype=inputs.hidden.dtype, device=DEVICE)
         pairs = [(copy.clone(), copy) for copy in inputs.hidden]
         arguments = [(*pairs[i % len(pairs)], gamma, cases.NORM_EPS) for i in range(GRAPH_CALLS)]

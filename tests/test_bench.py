@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import cases
 import ceiling
+import contest
 import llm
 import model
 import page
@@ -152,11 +153,11 @@ def test_plain_norm_is_the_reference() -> None:
 def test_every_contestant_runs_at_every_op() -> None:
     for op in cases.OPS:
         point = cases.Point(op, 2, 3, 16)
-        names = cases.contestants(point, "cpu")
+        names = contest.contestants(point, "cpu")
         assert {"reference", "eager", "compile", "numpy"} <= set(names)
         for who in set(names) - {"compile"}:
             inputs = cases.Inputs.of(point, "cpu")
-            assert timing.seconds_of(cases.block(inputs, who)) > 0
+            assert timing.seconds_of(contest.block(inputs, who)) > 0
             if op == "advance" and who == "reference":
                 assert not inputs.tables.slots.unscored.any()
                 assert inputs.tables.slots.scored.all()
