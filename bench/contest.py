@@ -135,11 +135,14 @@ def _pytorch(inputs: Inputs, *, compiled: bool) -> Callable[..., object]:
     def norm(x: Tensor, residual: Tensor, gamma: Tensor, eps: float, out: Tensor) -> None:
         plain.add_rms_norm_score(x, residual, gamma, eps, weight, bias, out)
 
+    def norm_new(x: Tensor, residual: Tensor, gamma: Tensor, eps: float, out: Tensor) -> Any:
+        return plain.add_rms_norm_score_new(x, residual, gamma, eps, weight, bias)
+
     match point.op:
         case "score":
-            call: Callable[..., None] = score
+            call: Callable[..., object] = score
         case "add_rms_norm_score":
-            call = norm
+            call = norm_new if compiled else norm
         case _:
             step = plain.PlainStep(weight, inputs.bias, *inputs.tables, point.rows)
             if point.op == "advance":

@@ -207,3 +207,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, gamma: Tensor, norm_eps: float) ->
     """Add and normalise alone, in place."""
     residual.add_(x)
     x.copy_(F.rms_norm(residual, residual.shape[-1:], gamma, norm_eps))
+
+
+def add_rms_norm_new(
+    x: Tensor, residual: Tensor, gamma: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the normed rows and the sum as new tensors: for a compiler.
+
+    Inductor's C++ (seen with torch 2.13) fails on the form in place, with a KeyError.
+    """
+    total = x + residual
+    rows = total.float()
+    scale = torch.rsqrt(rows.square().mean(dim=1, keepdim=True) + norm_eps)
+    return gamma * (rows * scale).to(x.dtype), total
+
+
+def add_rms_norm_score_new(
+    x: Tensor, residual: Tensor, gamma: Tensor, norm_eps: float, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits too."""
+    normed, total = add_rms_norm_new(x, residual, gamma, norm_eps)
+    return normed, total, F.linear(total, weight, bias).float()

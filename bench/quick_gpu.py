@@ -103,7 +103,7 @@ def _norm(result: Result, size: Size) -> None:
 
 def _norms() -> dict[str, Any]:
     """Return every add + RMSNorm in place that can be had: ``(x, residual, gamma, eps)``."""
-    found: dict[str, Any] = {"compile": plain.compiled(plain.add_rms_norm)}
+    found: dict[str, Any] = {"compile": plain.compiled(plain.add_rms_norm_new)}
     found["eager"] = plain.add_rms_norm
     try:
         from vllm import _custom_ops

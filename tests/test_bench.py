@@ -148,6 +148,8 @@ def test_plain_norm_is_the_reference() -> None:
             bound(*mine[:2], gamma, 1e-6, mine[2])
         results.append(mine)
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+    new = list(plain.add_rms_norm_score_new(x, residual, gamma, 1e-6, weight, bias))
+    torch.testing.assert_close(new, results[1], rtol=1e-4, atol=1e-4)
 
 
 def test_every_contestant_runs_at_every_op() -> None:
