@@ -78,6 +78,7 @@ class PlainStep:
         self.read_out = (weight.float() * alpha).to(dtype).T.contiguous()
         self.offset = (self.alpha * (bias - self.center)).to(dtype)
         self.rows_out = self.read_out.T.contiguous()
+        self.read_out_fp32, self.offset_fp32 = self.read_out.float(), self.offset.float()
         self.decay = 1 - self.alpha
         joint = self.step * self.emission[:, None, :]  # [O, K+1, K+1]
         looks = torch.stack([joint @ self.ahead, joint.sum(dim=2)], dim=2)
@@ -93,6 +94,8 @@ class PlainStep:
         )
         # buffers of the calls with out=
         self.z = torch.empty(rows, self.probes, dtype=dtype, device=device)
+        self.z_fp32 = torch.empty(rows, self.probes, device=device)
+        self.hidden_fp32 = torch.empty(rows, weight.shape[1], device=device)
         self.old = torch.empty(rows, self.state.shape[1], device=device)
         self.new = torch.empty_like(self.old)
         self.old_evidence, self.new_evidence = self.old[:, : ends[0]], self.new[:, : ends[0]]
@@ -133,8 +136,17 @@ class PlainStep:
     def folded(self, hidden: Tensor, slot: Tensor) -> None:
         """Write into buffers kept from call to call: eager PyTorch at its best."""
         torch.addmm(self.offset, hidden, self.read_out, out=self.z)
+        self._fold_into_buffers(self.z, slot)
+
+    def folded_fp32(self, hidden: Tensor, slot: Tensor) -> None:
+        """Convert the rows first: for few of them a CPU's fp32 product costs less than its bf16."""
+        self.hidden_fp32.copy_(hidden)
+        torch.addmm(self.offset_fp32, self.hidden_fp32, self.read_out_fp32, out=self.z_fp32)
+        self._fold_into_buffers(self.z_fp32, slot)
+
+    def _fold_into_buffers(self, z: Tensor, slot: Tensor) -> None:
         torch.index_select(self.state, 0, slot, out=self.old)
-        torch.addcmul(self.z, self.decay, self.old_evidence, out=self.new_evidence)
+        torch.addcmul(z, self.decay, self.old_evidence, out=self.new_evidence)
         torch._C._nn.softplus(self.new_evidence, out=self.hazard)
         torch.sum(self.hazard, dim=1, out=self.log_hazard)
         torch.bucketize(self.log_hazard, self.edges, right=True, out=self.bin)
@@ -174,7 +186,7 @@ class PlainStep:
         return self.state[:, -2], self.state[:, -1].long()
 
 
-EAGER = ("direct", "folded")
+EAGER = ("direct", "folded", "folded_fp32")
 TO_COMPILE = (
     ("direct", "default"),
     ("folded_whole", "cpp_wrapper"),

@@ -83,7 +83,9 @@ def test_ceiling_is_finite_with_several_threads() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
-@pytest.mark.parametrize("form", ["direct", "folded", "folded_whole", "folded_products", "numpy"])
+@pytest.mark.parametrize(
+    "form", ["direct", "folded", "folded_fp32", "folded_whole", "folded_products", "numpy"]
+)
 def test_plain_step_is_the_reference(form: str, dtype: str, tolerance: float) -> None:
     """Same risk and verdict, after the first token, whose EMA the plain step leaves out."""
     rows, calls = 5, 6
