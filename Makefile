@@ -19,7 +19,8 @@ SHELL := /bin/bash
 # mypy follows the links of the editable install; show the files people edit.
 SOURCE_NAMES := sed 's|build/__editable__[^/]*/midstream/kernels/|kernels/|; \
     s|build/__editable__[^/]*/midstream/|monitor/|'
-.PHONY: help setup demo test lint format bench figures library wheel install-check clean distclean FORCE
+.PHONY: help setup demo test lint format bench bench-quick figures library wheel install-check clean \
+    distclean FORCE
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,8 +44,12 @@ format: setup  ## apply the style
 	$(BIN)/ruff format $(PYTHON_DIRS)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: setup  ## benchmarks
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: setup  ## every op over the grid: CSV and a page of plots in results/, some ten minutes
+	$(BIN)/python -m pytest bench/bench_ops.py -q $(ARGS)
+	$(BIN)/python bench/page.py results/*.csv --out results/page
+
+bench-quick: setup  ## the ratios that matter as one JSON object, under five minutes
+	@$(BIN)/python bench/quick.py
 
 figures: setup  ## recompute docs/figures.json and the README's tables
 	$(BIN)/python bench/figures.py
