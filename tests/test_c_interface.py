@@ -111,7 +111,9 @@ def test_a_stream_gets_the_verdicts_of_the_reference(
     assert verdicts == [verdict for verdict, _, _ in want]
     assert [int(cause) for *_, cause in lines] == [cause for *_, cause in want]
     risks = torch.tensor([float(risk) for _, _, risk, _ in lines])
-    torch.testing.assert_close(risks, torch.tensor([risk for _, risk, _ in want]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        risks, torch.tensor([risk for _, risk, _ in want]), atol=2e-5, rtol=0
+    )
     assert max(verdicts) > Verdict.CONTINUE, "the stream shows no verdict but one"
 
 

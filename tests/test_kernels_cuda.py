@@ -229,7 +229,10 @@ def test_table_sizes(target: Target, sizes: dict[str, object]) -> None:
     token_by_token(target, steps, rows_of(stream))
     test_kernels_advance.same(whole.slots, steps.slots)
     for key, got, true in zip(
-        vars(whole.slots), whole.slots.tensors(), expected.slots.tensors(), strict=True
+        whole.slots.__dataclass_fields__,
+        whole.slots.tensors(),
+        expected.slots.tensors(),
+        strict=True,
     ):
         torch.testing.assert_close(got.cpu(), true, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
 

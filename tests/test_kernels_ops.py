@@ -298,7 +298,10 @@ def test_compiled_step_has_one_graph_and_the_same_result(compiler: str, bound: b
             assert bool(logits.isnan().all())
     assert int(compiled.slots.position[4]) == 6
     for name, a, b in zip(
-        vars(eager.slots), eager.slots.tensors(), compiled.slots.tensors(), strict=True
+        eager.slots.__dataclass_fields__,
+        eager.slots.tensors(),
+        compiled.slots.tensors(),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
 

@@ -32,7 +32,9 @@ def ints(target: Target, values: list[int]) -> Tensor:
 
 
 def same(a: Tables, b: Tables) -> None:
-    for field, x, y in zip(vars(a.slots), a.slots.tensors(), b.slots.tensors(), strict=True):
+    for field, x, y in zip(
+        a.slots.__dataclass_fields__, a.slots.tensors(), b.slots.tensors(), strict=True
+    ):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=field)
 
 

@@ -104,7 +104,7 @@ class Slots(RuleBasedStateMachine):
         if not hasattr(self, "cpu"):
             return
         for name, a, b in zip(
-            vars(self.cpu.slots),
+            self.cpu.slots.__dataclass_fields__,
             self.cpu.slots.tensors(),
             self.reference.slots.tensors(),
             strict=True,
