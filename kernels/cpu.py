@@ -141,8 +141,9 @@ def bind_add_rms_norm_score(
 
 def _pack(weight: Tensor, bias: Tensor, rms_norm: bool, eps: float) -> _cpu.Probes:
     check_probes(weight, bias)
+    probes, width = weight.shape
     code = _DTYPE_CODES[weight.dtype]
-    return _cpu.Probes(weight.data_ptr(), code, bias.data_ptr(), *weight.shape, rms_norm, eps)
+    return _cpu.Probes(weight.data_ptr(), code, bias.data_ptr(), probes, width, rms_norm, eps)
 
 
 def _addresses(

@@ -193,8 +193,8 @@ class Monitor:
         ``hidden`` is bf16, fp16 or fp32 [..., d]; all but d is flattened into N rows, as many at
         each tap.
         """
-        score = self._score.get(tap)
-        if score is None:
+        read_out = self._read_outs.get(tap)
+        if read_out is None:
             raise RowError(
                 f"no probe reads {tap}; the bank's taps are {', '.join(map(str, self.bank.taps))}"
             )
@@ -204,8 +204,10 @@ class Monitor:
             if self._observed:
                 raise RowError(f"{rows} rows at {tap}, {self._rows} at the taps before it")
             self._set_rows(rows)
+            read_out = self._read_outs[tap]
         self._observed = True
-        score(packed, self._outs[tap])
+        score, out = read_out
+        score(packed, out)
 
     @property
     def observed_rows(self) -> int:
@@ -310,4 +312,7 @@ class Monitor:
         if rows > self._logits.shape[0]:
             self.reserve(rows)
         self._rows, self._used = rows, self._logits[:rows]
-        self._outs = {tap: self._logits[:rows, self.bank.columns(tap)] for tap in self.bank.taps}
+        self._read_outs = {
+            tap: (score, self._used[:, self.bank.columns(tap)])
+            for tap, score in self._score.items()
+        }

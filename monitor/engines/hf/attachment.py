@@ -113,7 +113,7 @@ class Attachment:
         self._tier = monitor.policy.tier_for(tier)
         self._attached = ExitStack()
         self._generate: Callable[..., Any] = model.generate
-        self._first_tap = monitor.bank.taps[0]
+        self._taps = monitor.bank.taps
         self._slots: list[int] = []
         self._streams = self._passes = self._steps = 0
 
@@ -122,7 +122,7 @@ class Attachment:
         check_unwatched(model)
         with ExitStack() as stack:
             stack.enter_context(self.monitor.exclusive())
-            stack.enter_context(attach_taps(model, self.monitor.bank.taps, self._observe))
+            stack.enter_context(attach_taps(model, self._taps, self._observe))
             self._generate = model.generate
             model.generate = self._watched_generate
             stack.callback(delattr, model, "generate")  # the class's own method shows again
@@ -278,7 +278,7 @@ class Attachment:
                 "a forward pass outside of generate has no streams to put its rows under; use "
                 "midstream.engines.hf.score for given texts"
             )
-        if tap == self._first_tap:
+        if tap is self._taps[0]:
             self._passes += 1
             if self._passes > 1:
                 self._check_passes(self._passes)
