@@ -185,6 +185,8 @@ def arguments() -> dict[str, Tensor]:
 def test_bad_argument_is_named_and_changes_no_slot(
     backend: str, change: dict[str, Tensor], error: type[Exception], message: str
 ) -> None:
+    if error is IndexError and not Target(backend).looks_at_rows:
+        pytest.skip("such a row is padding here")
     tables = make_tables(0)
     before = tables.clone()
     given = arguments() | change
