@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import quick
+
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "figures.json"
 README = ROOT / "README.md"
@@ -88,11 +90,11 @@ def collect() -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
 
-    def enter(name: str, value: float, unit: str, command: str) -> None:
+    def enter(name: str, value: float, unit: str, command: str, asked: str | None = None) -> None:
         figures[name] = {
             "value": value,
             "unit": unit,
-            "asked": ASKED.get(name),
+            "asked": asked or ASKED.get(name),
             "command": command,
             **stamp,
         }
@@ -115,6 +117,10 @@ def collect() -> dict[str, dict[str, Any]]:
     llama = json.loads(run(LLAMA))
     for batch in ("batch_1", "batch_8"):
         enter(f"overhead_llama_{batch}", llama[batch], "ratio", LLAMA)
+
+    kernels = json.loads(run(quick.COMMAND))
+    for name, (value, unit, asked, command) in quick.figures(kernels).items():
+        enter(name, value, unit, command, asked)
 
     begin = time.perf_counter()
     run("midstream demo")
@@ -199,6 +205,15 @@ def render(figures: dict[str, dict[str, Any]]) -> str:
         "overhead_testbed_batch_8": "the same, batch 8",
         "overhead_llama_batch_1": "the same, Llama of 134 M random parameters, batch 1",
         "overhead_llama_batch_8": "the same, batch 8",
+        "cpu_step_vs_eager": "decode step on the CPU, times faster than eager PyTorch, worst N",
+        "cpu_step_vs_compile": "the same, than torch.compile",
+        "cpu_prefill_vs_read": "prefill score on the CPU, time over only reading the input",
+        "cpu_amx_vs_avx512": "AMX, times faster than AVX-512",
+        "cpu_call_us": "cost of a call on the CPU, microseconds",
+        "gpu_decode_vs_empty": "decode in a CUDA graph, time over an empty kernel's",
+        "gpu_prefill_vs_copy": "prefill, share of the copy bandwidth",
+        "gpu_norm_score_vs_norm": "norm with 8 probes, time over the norm alone",
+        "gpu_llm_step_ratio": "time per token of an 8 B Llama with CUDA graphs, ratio",
         "slot_bytes": "memory of a slot with the default bundle, bytes",
         "demo_seconds": "the whole demo, seconds",
         "toxic_token_auroc": "token AUROC on 690 real comments",
