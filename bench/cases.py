@@ -98,7 +98,7 @@ def make_tables(slots: int, probes: int, device: str) -> Tables:
         phase=ints(Phase.RESPONSE, probes),
     )
     # Sticky, as risk is, yet with a way back: beliefs that fade out become denormal numbers, which
-    # slow everyone down, plain PyTorch by a factor of five.
+    # slow arithmetic down.
     move = rng.dirichlet(np.ones(size), size) + 0.1 + 4 * np.eye(size)
     step = 0.95 * move / move.sum(axis=1, keepdims=True)
     powers = []
