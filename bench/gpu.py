@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one run without network: ``python bench/gpu.py FOLDER``.
 
-It installs this checkout if midstream is missing or has no CUDA extension, runs the tests of the
-kernels on the ``cuda`` and ``triton`` backends, replays captured CUDA graphs against the reference,
-and runs a short step under compute-sanitizer where that is installed. FOLDER gets ``machine.json``
-(card, driver, versions), ``checks.csv`` (one line per check) and a log per check. The exit status
-is 1 if a check failed; one that cannot run here is listed as skipped, with its reason.
+It installs this checkout if midstream is missing or has no CUDA extension, replays captured CUDA
+graphs against the reference, runs the tests of the kernels on the ``cuda`` and ``triton`` backends,
+takes the GPU's figures of quick.py, and runs a short step under compute-sanitizer where that is
+installed. FOLDER gets ``machine.json`` (card, driver, versions), ``quick.json`` (the figures),
+``checks.csv`` (one line per check, written after each) and a log per check. The exit status is 1 if
+a check failed; one that cannot run here, or comes when the time is up, is listed as skipped, with
+its reason.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("score", "advance", "ops", "norm", "score_advance", "stateful", "cuda")
 BACKENDS = ("cuda", "triton")
 STEPS = 40  # replays of one captured graph
+LONGEST = 300.0  # seconds that one command may take
+PLUGINS = ("pytest", "hypothesis", "pytest_benchmark")  # what tests/conftest.py and addopts need
+_end = float("inf")  # of the time for everything, by time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -39,18 +45,23 @@ class Check:
 
 
 def run(command: list[str], log: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the checkout; keep what it said."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    log.write_text(done.stdout)
-    return done
+    """Run a command in the checkout; keep what it said, also where it was stopped for its time."""
+    limit = min(LONGEST, max(1.0, _end - time.monotonic()))
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            file.write(f"\nstopped after {limit:.0f} s\n")
+            code = 124
+    return subprocess.CompletedProcess(command, code, log.read_text(errors="replace"))
 
 
 def last_line(text: str) -> str:
@@ -66,7 +77,15 @@ def install(folder: Path) -> Check:
         if run([sys.executable, "-c", code], folder / "installed.log").returncode == 0:
             return Check("install", "passed", "was installed already")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
-    done = run([*command, "--no-index", "--editable", "."], folder / "install.log")
+    toolkit = Path("/usr/local/cuda")  # where images have it without a word on the path
+    home = {}
+    if (
+        not shutil.which("nvcc")
+        and "CUDA_HOME" not in os.environ
+        and (toolkit / "bin/nvcc").exists()
+    ):
+        home["CUDA_HOME"] = str(toolkit)
+    done = run([*command, "--no-index", "--editable", "."], folder / "install.log", **home)
     outcome = "failed" if done.returncode else "passed"
     return Check("install", outcome, last_line(done.stdout))
 
@@ -98,10 +117,14 @@ def machine() -> dict[str, object]:
 
 
 def run_tests(backend: str, folder: Path) -> Check:
-    """Run the tests of the kernels whose target is this backend."""
+    """Run the tests of the kernels whose target is this backend, and none that need no GPU."""
+    missing = [name for name in PLUGINS if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check(f"tests-{backend}", "skipped", f"not installed: {', '.join(missing)}")
     files = [f"tests/test_kernels_{name}.py" for name in TESTS]
     chosen = [name for name in files if (ROOT / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", backend]
+    which = f"{backend} and not emulated and not emulator and not spills"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which]
     done = run([*command, *chosen], folder / f"tests-{backend}.log")
     return Check(
         f"tests-{backend}", "failed" if done.returncode else "passed", last_line(done.stdout)
@@ -337,44 +360,102 @@ def attempt(name: str, what: Callable[[], str], folder: Path) -> Check:
         return Check(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def check_backend(backend: str, folder: Path) -> list[Check]:
-    """All checks of a backend, or the reason why there are none."""
+def timings(folder: Path) -> Check:
+    """The GPU's figures of quick.py, as ``quick.json``."""
+    code = (
+        "import json, pathlib, sys; sys.path.insert(0, 'bench'); import quick; "
+        "result = quick.measure(devices=('cuda',)); "
+        "pathlib.Path(sys.argv[1]).write_text(json.dumps(result, ensure_ascii=False) + '\\n')"
+    )
+    file = folder / "quick.json"
+    file.unlink(missing_ok=True)
+    done = run([sys.executable, "-c", code, str(file)], folder / "timings.log")
+    if done.returncode or not file.exists():
+        return Check("timings", "failed", last_line(done.stdout))
+    result = json.loads(file.read_text())
+    asked = {name: result[name] for name in result if name.startswith("gpu_")}
+    missing = [name for name, value in asked.items() if value is None]
+    said = ", ".join(
+        f"{name} {value:.3f}" if value is not None else f"{name}: {result['reasons'].get(name)}"
+        for name, value in asked.items()
+    )
+    return Check("timings", "failed" if missing else "passed", said)
+
+
+def all_checks(folder: Path) -> Iterator[tuple[str, Callable[[], list[Check]]]]:
+    """What there is to do, in the order of what one would miss most; nothing has run yet."""
+    import torch
+
     from midstream.kernels import ops
 
-    capability = ops.capabilities()[backend]
-    if not capability.available:
-        return [Check(backend, "skipped", capability.reason)]
-    checks = [
-        attempt(f"bits-{backend}", lambda: same_bits(backend), folder),
-        attempt(f"graph-{backend}", lambda: replay(backend, fused=False), folder),
-        attempt(f"graph-norm-{backend}", lambda: replay_norm(backend), folder),
-        attempt(f"graph-fused-{backend}", lambda: replay(backend, fused=True), folder),
-        run_tests(backend, folder),
-    ]
-    return checks + (sanitise(backend, folder) if backend == "cuda" else [])
+    can = ops.capabilities()
+    usable = [backend for backend in BACKENDS if can[backend].available]
+    for backend in BACKENDS:
+        if backend not in usable:
+            reason = can[backend].reason
+            yield backend, lambda b=backend, r=reason: [Check(b, "skipped", r)]
+    for backend in usable:
+        for name, what in {
+            "graph": lambda b=backend: replay(b, fused=False),
+            "graph-fused": lambda b=backend: replay(b, fused=True),
+            "graph-norm": lambda b=backend: replay_norm(b),
+        }.items():
+            title = f"{name}-{backend}"
+            yield title, lambda t=title, w=what: [attempt(t, w, folder)]
+    if torch.cuda.is_available():
+        yield "timings", lambda: [timings(folder)]
+    else:
+        yield "timings", lambda: [Check("timings", "skipped", "torch sees no CUDA device")]
+    for backend in usable:
+        yield f"tests-{backend}", lambda b=backend: [run_tests(b, folder)]
+        if backend == "cuda":
+            yield "sanitiser", lambda: sanitise("cuda", folder)
+        title = f"bits-{backend}"
+        yield title, lambda t=title, b=backend: [attempt(t, lambda: same_bits(b), folder)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the results go")
-    parser.add_argument("--as-installed", action="store_true", help="do not install anything")
-    given = parser.parse_args()
-    folder = given.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    checks = [Check("install", "skipped", "") if given.as_installed else install(folder)]
-    if checks[0].outcome != "failed":
-        if checks[0].outcome == "passed":  # go on in a process that can import what is new
-            os.execv(sys.executable, [sys.executable, __file__, str(folder), "--as-installed"])
-        (folder / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
-        for backend in BACKENDS:
-            checks += check_backend(backend, folder)
-        # Timings come here: bench/quick.py on device cuda, written to the same folder.
+def save(folder: Path, checks: list[Check]) -> None:
+    """Write ``checks.csv``."""
     with (folder / "checks.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ["name", "outcome", "detail"])
         table.writeheader()
         table.writerows(asdict(check) for check in checks)
-    for check in checks:
-        print(f"{check.outcome:8s} {check.name}: {check.detail}", flush=True)
+
+
+def main() -> int:
+    global _end
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the results go")
+    parser.add_argument("--seconds", type=float, default=570.0, help="time for everything")
+    parser.add_argument(
+        "--as-installed", nargs="?", const="", metavar="HOW", help="do not install anything"
+    )
+    given = parser.parse_args()
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    _end = time.monotonic() + given.seconds
+    if given.as_installed is None:
+        installed = install(folder)
+        if installed.outcome == "passed":  # go on in a process that can import what is new
+            left = ["--seconds", str(_end - time.monotonic()), "--as-installed", installed.detail]
+            os.execv(sys.executable, [sys.executable, __file__, str(folder), *left])
+    else:
+        how = given.as_installed
+        installed = Check("install", "passed" if how else "skipped", how or "was not asked for")
+    checks: list[Check] = []
+
+    def note(found: list[Check]) -> None:
+        checks.extend(found)
+        save(folder, checks)
+        for check in found:
+            print(f"{check.outcome:8s} {check.name}: {check.detail}", flush=True)
+
+    note([installed])
+    if installed.outcome != "failed":
+        (folder / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
+        for name, what in all_checks(folder):
+            out_of_time = time.monotonic() >= _end
+            note([Check(name, "skipped", "the time is up")] if out_of_time else what())
     return int(any(check.outcome == "failed" for check in checks))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -65,17 +65,21 @@ class Size:
 Result = dict[str, Any]
 
 
-def measure(size: Size | None = None) -> Result:
-    """Measure everything that this machine can; return what is printed."""
+def measure(size: Size | None = None, devices: Sequence[str] = ("cpu", "cuda")) -> Result:
+    """Measure everything that this machine can on the devices; return what is printed."""
     size = size or Size()
     result: Result = dict.fromkeys(FIGURES)
     result |= {"reasons": {}, "detail": {}, "machine": asdict(records.Machine.here())}
     with torch.inference_mode():
-        if "cpu" not in contest.backends("cpu"):
+        if "cpu" not in devices:
+            _explain(result, "cpu_", "not asked for")
+        elif "cpu" not in contest.backends("cpu"):
             _explain(result, "cpu_", ops.capabilities()["cpu"].reason)
         else:
             _cpu(result, size)
-        if torch.cuda.is_available():
+        if "cuda" not in devices:
+            _explain(result, "gpu_", "not asked for")
+        elif torch.cuda.is_available():
             from quick_gpu import measure_gpu
 
             measure_gpu(result, size)

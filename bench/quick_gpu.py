@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import cases
@@ -41,9 +43,20 @@ def measure_gpu(result: Result, size: Size) -> None:
         torch.cuda.empty_cache()
 
 
+def _rival(result: Result, blocks: dict[str, Block], name: str, make: Callable[[], Block]) -> None:
+    """Add a contestant that is not ours; one that cannot run is left out, with its reason."""
+    try:
+        blocks[name] = make()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        result["reasons"][f"left out: {name}"] = reason
+        say(f"gpu: without {name}, {reason}")
+
+
 def _decode(result: Result, size: Size) -> None:
     """The fused step against an empty kernel, the compiled step, and cuBLAS's read-out alone."""
     worst_empty, least_compile, least_cublas = 0.0, float("inf"), float("inf")
+    uncompiled: list[int] = []
     for rows in size.decode_rows:
         inputs = Inputs.of(Point("score_advance", rows, width=size.width), DEVICE)
         blocks = {
@@ -58,16 +71,23 @@ def _decode(result: Result, size: Size) -> None:
         for form, how in plain.TO_COMPILE_CUDA:
             step = plain.PlainStep(inputs.weight, inputs.bias, *inputs.tables, rows)
             call = plain.compiled(getattr(step, form), how)
-            blocks[f"compile {form}"] = captured(call, arguments, inputs.rewind)
+            make = partial(captured, call, arguments, inputs.rewind)
+            _rival(result, blocks, f"compile {form}", make)
         samples = interleaved(blocks, device=DEVICE, seconds=size.seconds)
         keep(result, f"gpu decode N={rows}", samples)
         compiled = [who for who in samples if who.startswith("compile")]
         worst_empty = max(worst_empty, ratio(samples, ["ours"], ["empty"]))
-        least_compile = min(least_compile, ratio(samples, compiled, ["ours"]))
+        if compiled:
+            least_compile = min(least_compile, ratio(samples, compiled, ["ours"]))
+        else:
+            uncompiled.append(rows)
         least_cublas = min(least_cublas, ratio(samples, ["cublas"], ["ours"]))
     result["gpu_decode_vs_empty"] = worst_empty
-    result["gpu_decode_vs_compile"] = least_compile
     result["gpu_decode_vs_cublas"] = least_cublas
+    if uncompiled:
+        result["reasons"]["gpu_decode_vs_compile"] = f"no form was compiled for N = {uncompiled}"
+    else:
+        result["gpu_decode_vs_compile"] = least_compile
 
 
 def _prefill(result: Result, size: Size) -> None:
@@ -94,7 +114,8 @@ def _norm(result: Result, size: Size) -> None:
         arguments = [(*pairs[i % len(pairs)], gamma, cases.NORM_EPS) for i in range(GRAPH_CALLS)]
         torch.compiler.reset()
         for name, call in _norms().items():
-            blocks[f"norm {name}"] = captured(call, arguments, inputs.rewind)
+            make = partial(captured, call, arguments, inputs.rewind)
+            _rival(result, blocks, f"norm {name}", make)
         samples = interleaved(blocks, device=DEVICE, seconds=size.seconds)
         keep(result, f"gpu norm N={rows}", samples)
         norms = [who for who in samples if who.startswith("norm")]

@@ -249,6 +249,54 @@ def test_the_gpu_part_runs_with_loops_for_graphs(monkeypatch: pytest.MonkeyPatch
     assert all(result[name] > 0 for name in names - {"gpu_llm_step_ratio"})
 
 
+def test_a_rival_that_cannot_run_costs_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm or a compiler that fails at its first call, as those that are built then may do."""
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("cannot be built here")
+
+    monkeypatch.setattr(quick_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(quick_gpu, "GRAPH_CALLS", 2)
+
+    def captured(call: object, arguments: list[object], prepare: object) -> timing.Block:
+        if call is broken:
+            broken()
+        return timing.loop(call, arguments, prepare)
+
+    monkeypatch.setattr(quick_gpu, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(plain, "compiled", lambda function, how="default": broken)
+    size = quick.Size(decode_rows=(1,), prefill_rows=8, width=16, seconds=0.0)
+    result: quick.Result = {"reasons": {}, "detail": {}}
+    with torch.inference_mode():
+        quick_gpu._decode(result, size)
+        quick_gpu._norm(result, size)
+    assert result["gpu_decode_vs_empty"] > 0
+    assert result["gpu_norm_score_vs_norm"] > 0
+    assert "gpu_decode_vs_compile" not in result
+    assert result["reasons"]["gpu_decode_vs_compile"] == "no form was compiled for N = [1]"
+    assert result["reasons"]["left out: norm compile"] == "RuntimeError: cannot be built here"
+
+
+def test_a_gpu_is_kept_busy_while_a_block_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, **options: object) -> None: ...
+        def record(self) -> None:
+            said.append("event")
+
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: object) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("sleep"))
+    block = timing.Block(lambda: said.append("run"), 1, lambda: said.append("prepare"))
+    assert timing.seconds_of(block, "cuda") == 1e-3
+    assert said == ["prepare", "sleep", "event", "run", "event"]
+
+
 def test_the_small_decoder_watches_every_token() -> None:
     shape = llm.Shape(
         layers=2, width=64, heads=4, kv_heads=2, inner=96, vocabulary=50, context=8, taps=(0, 1)

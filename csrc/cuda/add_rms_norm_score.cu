@@ -33,11 +33,18 @@ __device__ __forceinline__ void store_vector(typename Format::Bits* row, int col
   }
 }
 
+/// Blocks for a processor at once, by registers: one loads while the other stands at a barrier.
+/// Where a weight is one number that takes no spills.
+template <class Kind>
+constexpr int kBlocks = 1;
+template <class F, int kRowTiles, int kProbeTiles>
+constexpr int kBlocks<TensorCores<F, 1, kRowTiles, kProbeTiles>> = 2;
+
 /// A block adds its rows, keeps the sums in shared memory, scores them there as score_kernel would
 /// in global memory, and normalises them from there: x and residual are read and written once.
 /// `kept_stride` is 0 for rows too wide for that; they are read again from the residual stream.
 template <class Kind>
-__global__ void __launch_bounds__(32 * kMostWarps, 1)
+__global__ void __launch_bounds__(32 * kMostWarps, kBlocks<Kind>)
     add_rms_norm_score_kernel(Residual<typename Kind::Format> rows, int per_block, int kept_stride,
                               Weights weights, float* out, std::int64_t out_stride) {
   using Format = typename Kind::Format;

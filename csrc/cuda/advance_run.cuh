@@ -287,6 +287,7 @@ __device__ void advance_run(const Rows& rows, const Tables& tables, std::int64_t
       int before = __shfl_up_sync(kAllLanes, next, 1);
       if (lane == 0 || before < expected) before = expected;
       const int last = __shfl_sync(kAllLanes, next, 31);
+      __syncwarp();  // all lanes have read what lane 0 changes; a shuffle orders no memory
       if (lane == 0 && last > expected) m.stream->expected = last;
 
       RowFacts row;
