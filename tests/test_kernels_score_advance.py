@@ -173,6 +173,7 @@ def arguments() -> dict[str, Tensor]:
         ({"logits": torch.zeros(4, 8)}, ValueError, r"shape \[4, 8\], expected \[4, 9\]"),
         ({"logits": torch.zeros(4, PROBES).half()}, TypeError, "is torch.float16"),
         ({"logits": torch.zeros(PROBES, 4).T}, ValueError, r"has strides \(1, 4\)"),
+        ({"logits": torch.zeros(1, PROBES).expand(4, PROBES)}, ValueError, "do not overlap"),
         ({"slot": torch.zeros(4)}, TypeError, "slot is torch.float32"),
         ({"slot": torch.zeros(3, dtype=torch.int32)}, ValueError, r"slot has shape \[3\]"),
         ({"position": torch.zeros(4).long()}, TypeError, "position is torch.int64"),
