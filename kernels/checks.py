@@ -237,9 +237,11 @@ def check_score_advance(weight: Tensor, bias: Tensor, slots: SlotTable) -> None:
     Raises
     ------
     TypeError, ValueError
-        As `check_probes`, and if the slot table is for another number of probes.
+        As `check_probes`, and if the slot table is for another number of probes or elsewhere.
     """
     check_probes(weight, bias)
+    if weight.device != slots.device:
+        raise ValueError(f"weight is on {weight.device}, the slot table is on {slots.device}")
     if slots.evidence.ndim == 2 and slots.evidence.shape[1] != len(weight):
         raise ValueError(
             f"weight is {list(weight.shape)} and the slot table has {slots.evidence.shape[1]} "

@@ -197,6 +197,14 @@ def test_bad_argument_is_named_and_changes_no_slot(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_elsewhere_than_the_weights_are_refused(backend: str) -> None:
+    tables = [type(table)(*(t.to("meta") for t in table.tensors())) for table in make_tables(0)]
+    weight, bias = torch.zeros(PROBES, 48), torch.zeros(PROBES)
+    with pytest.raises(ValueError, match="weight is on cpu, the slot table is on meta"):
+        ops.Backend("cpu", backend).bind_score_advance(weight, bias, *tables)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     torch.library.opcheck(
         torch.ops.midstream.score_advance.default,
