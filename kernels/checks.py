@@ -192,6 +192,7 @@ def check_score_call(
         and out.dtype is _F32
         and out.shape == (shape[0], probes)
         and (out_stride[1] == 1 or probes == 1 or not shape[0])
+        and (out_stride[0] >= probes or shape[0] <= 1)
         and hidden.device == device
         and out.device == device
     ):
@@ -220,7 +221,14 @@ def _explain_score_call(
             raise ValueError(
                 f"{given} has strides {tensor.stride()}, expected the last dimension contiguous"
             )
+    _check_apart("out", out)
     raise AssertionError("an argument was refused that none of the demands above names")
+
+
+def _check_apart(name: str, tensor: Tensor) -> None:
+    """Refuse a matrix that is written and whose rows share memory, as those of an expanded one."""
+    if len(tensor) > 1 and tensor.stride(0) < tensor.shape[1]:
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected rows that do not overlap")
 
 
 def check_score_advance(weight: Tensor, bias: Tensor, slots: SlotTable) -> None:
@@ -229,9 +237,11 @@ def check_score_advance(weight: Tensor, bias: Tensor, slots: SlotTable) -> None:
     Raises
     ------
     TypeError, ValueError
-        As `check_probes`, and if the slot table is for another number of probes.
+        As `check_probes`, and if the slot table is for another number of probes or elsewhere.
     """
     check_probes(weight, bias)
+    if weight.device != slots.device:
+        raise ValueError(f"weight is on {weight.device}, the slot table is on {slots.device}")
     if slots.evidence.ndim == 2 and slots.evidence.shape[1] != len(weight):
         raise ValueError(
             f"weight is {list(weight.shape)} and the slot table has {slots.evidence.shape[1]} "
@@ -258,6 +268,7 @@ def check_norm_call(
         and x.shape == residual.shape
         and gamma.shape == (width,)
         and (x_stride[1] == 1 or width == 1 or not rows)
+        and ((x_stride[0] >= width and stride >= width) or rows <= 1)
         and gamma.is_contiguous()
         and x.device == device
         and gamma.device == device
@@ -279,6 +290,8 @@ def _explain_norm_call(
         raise ValueError(f"x is on {x.device}, weight is on {device}")
     if x.stride(1) != 1 and len(x) > 0:
         raise ValueError(f"x has strides {x.stride()}, expected the last dimension contiguous")
+    _check_apart("x", x)
+    _check_apart("residual", residual)
     _check_field("gamma", gamma, residual.dtype, torch.Size([width]), device)
     raise AssertionError("an argument was refused that none of the demands above names")
 
@@ -292,6 +305,7 @@ def check_advance_call(
         len(shape) == 2
         and shape[1] == probes
         and (stride[1] == 1 or probes == 1 or not shape[0])
+        and (stride[0] >= probes or shape[0] <= 1)
         and logits.dtype is _F32
         and slot.dtype is _I32
         and position.dtype is _I32
@@ -318,6 +332,7 @@ def _explain_advance_call(
         raise ValueError(
             f"logits has strides {logits.stride()}, expected the last dimension contiguous"
         )
+    _check_apart("logits", logits)
     if logits.device != device:
         raise ValueError(f"logits is on {logits.device}, the slot table is on {device}")
     for name, tensor in (("slot", slot), ("position", position)):

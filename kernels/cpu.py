@@ -143,7 +143,8 @@ def _pack(weight: Tensor, bias: Tensor, rms_norm: bool, eps: float) -> _cpu.Prob
     check_probes(weight, bias)
     probes, width = weight.shape
     code = _DTYPE_CODES[weight.dtype]
-    return _cpu.Probes(weight.data_ptr(), code, bias.data_ptr(), probes, width, rms_norm, eps)
+    addresses = _address("weight", weight), _address("bias", bias)
+    return _cpu.Probes(addresses[0], code, addresses[1], probes, width, rms_norm, eps)
 
 
 def _addresses(
@@ -156,8 +157,23 @@ def _addresses(
             f"most; use backend='reference'"
         )
     tables = (slots, evidence, chain, policy)
-    addresses = ([tensor.data_ptr() for tensor in table.tensors()] for table in tables)
+    addresses = (
+        [_address(f"a tensor of {type(table).__name__}", tensor) for tensor in table.tensors()]
+        for table in tables
+    )
     return sizes, _cpu.Tables(sizes.values(), *addresses)
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    """Where a bound tensor lies; ValueError where the kernels could not read its values there."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}, the cpu backend needs it on cpu")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a negated view; pass {name}.resolve_neg()")
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        _refuse(name)
+    return address
 
 
 def _refuse(names: str) -> NoReturn:

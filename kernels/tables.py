@@ -290,6 +290,10 @@ class SlotTable(_Table):
             }
         )
 
+    def __getstate__(self) -> dict[str, Tensor]:
+        # A copy must not keep `host`: its arrays would be copies apart from the tensors.
+        return dict(zip(_SLOT_FIELDS, self.tensors(), strict=True))
+
     @staticmethod
     def bytes_per_slot(probes: int, states: int, window: int = 0, trace: int = 0) -> int:
         """``35 + 8 P + 4 P M + 4 (K + 1) + L (9 + 4 P)`` bytes: linear in every size."""

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from midstream.bundle import Bundle
 from midstream.kernels import ops
-from midstream.kernels.tables import NO_CAUSE, UNSCORED_CAUSE, SlotTable, Verdict
+from midstream.kernels.tables import (
+    MAX_POSITION,
+    NO_CAUSE,
+    UNSCORED_CAUSE,
+    SlotTable,
+    Verdict,
+)
 from midstream.policy import ANSWER, TierName
 from midstream.streams import Session, StreamReport, Trace
 from midstream.taps import Tap
@@ -169,8 +175,10 @@ class Monitor:
         PolicyError
             For an unknown tier or one looser than the policy allows.
         """
-        if prompt_tokens < 0:
-            raise ValueError(f"prompt_tokens: expected 0 or more, got {prompt_tokens}")
+        if not 0 <= prompt_tokens < MAX_POSITION:
+            raise ValueError(
+                f"prompt_tokens: expected 0 to {MAX_POSITION - 1}, got {prompt_tokens}"
+            )
         chosen = self.policy.tier_for(tier)
         if not self._free:
             raise NoFreeSlotError(

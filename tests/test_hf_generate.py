@@ -306,6 +306,14 @@ def test_observing_changes_nothing_and_reports_all() -> None:
             assert ids.tolist() == response[: report.scored if at is None else at]
 
 
+def test_observing_does_not_mind_where_its_processor_stands() -> None:
+    with toy.monitor().attach(toy.model(), enforce=False) as m:
+        other = Meddler(lambda: None)
+        output = plain(toy.model(), **prompts(3), logits_processor=[m.halting(), other])
+    assert torch.equal(output, plain(toy.model(), **prompts(3)))
+    assert m.reports[0].scored > 0
+
+
 class StopAt(StoppingCriteria):
     """Ends a row that wrote a token."""
 
@@ -542,6 +550,28 @@ def test_a_model_whose_layers_do_not_run_is_refused() -> None:
     ):
         plain(model, input_ids=torch.tensor([[9]]), logits_processor=[m.halting()])
     assert monitor.free_slots == 8
+
+
+def test_a_later_tap_that_is_read_twice_in_a_pass_is_refused() -> None:
+    model = toy.new_model()
+    late = Probe("late", "h", Tap(1, "resid_post"), torch.ones(32) / 32)
+    monitor = toy.monitor(model, probes=[toy.detector(model), late])
+    layer = model.model.layers[1]
+    inside: list[bool] = []
+
+    def run_again(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if not inside:
+            inside.append(True)
+            module(*args, **kwargs)
+            inside.clear()
+
+    with monitor.attach(model) as m:
+        options = {**prompts(3, 2), "use_cache": False, "logits_processor": [m.halting()]}
+        hook = layer.register_forward_hook(run_again, with_kwargs=True)
+        with pytest.raises(UnsupportedGenerationError, match=r"resid_post\.1 was read more than"):
+            plain(model, **options)
+        hook.remove()
+        plain(model, **options)
 
 
 def hooks_of(model: Any) -> int:

@@ -144,6 +144,29 @@ def test_tensor_without_memory_is_refused() -> None:
         bound([[1.0] * 8], torch.ones(1, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.ones(2, 8, device="meta"), torch.ones(2, device="meta"), "weight is on meta"),
+        (torch._efficientzerotensor((2, 8)), torch.ones(2), "weight has no memory"),
+        (torch.ones(2, 8), torch._efficientzerotensor(2), "bias has no memory"),
+        (torch._neg_view(torch.ones(2, 8)), torch.ones(2), r"weight\.resolve_neg"),
+    ],
+)
+def test_probes_without_values_to_read_are_refused(
+    weight: Tensor, bias: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.score(torch.ones(3, 8), weight, bias, torch.zeros(3, 2), backend="cpu")
+
+
+def test_tables_without_values_to_read_are_refused() -> None:
+    tables = [type(t)(*(f.to("meta") for f in t.tensors())) for t in make_tables(0, start=0)]
+    row = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="SlotTable is on meta"):
+        ops.advance(torch.zeros(1, 9), row, row, *tables, backend="cpu")  # type: ignore[arg-type]
+
+
 def test_unbound_advance_reuses_a_binding_of_the_same_memory_only() -> None:
     library._bound.clear()
     tables = make_tables(0, start=0)

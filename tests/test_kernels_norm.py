@@ -260,6 +260,13 @@ def arguments() -> dict[str, Tensor]:
         ({"out": torch.zeros(3, 5)}, ValueError, r"out has shape \[3, 5\], expected \[3, 4\]"),
         ({"out": torch.zeros(3, 4).half()}, TypeError, "out is torch.float16"),
         ({"out": torch.zeros(4, 3).T}, ValueError, r"out has strides \(1, 3\)"),
+        ({"out": torch.zeros(1, 4).expand(3, 4)}, ValueError, "out .* do not overlap"),
+        ({"x": torch.zeros(1, 48).bfloat16().expand(3, 48)}, ValueError, "x .* do not overlap"),
+        (
+            {"residual": torch.zeros(1, 48).bfloat16().expand(3, 48)},
+            ValueError,
+            "residual .* do not overlap",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -166,6 +166,7 @@ def test_unknown_isa_is_an_error_and_no_fallback() -> None:
         ({"out": torch.zeros(3, 5)}, ValueError, r"out has shape \[3, 5\], expected \[3, 4\]"),
         ({"out": torch.zeros(3, 4).half()}, TypeError, "out is torch.float16"),
         ({"out": torch.zeros(4, 3).T}, ValueError, r"out has strides \(1, 3\)"),
+        ({"out": torch.zeros(1, 4).expand(3, 4)}, ValueError, r"\(0, 1\).* do not overlap"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -183,6 +184,7 @@ def test_score_names_the_bad_argument(
         (0, torch.zeros(4, 9).double(), TypeError, "logits is torch.float64"),
         (0, torch.zeros(4, 8), ValueError, r"logits has shape \[4, 8\], expected \[N, 9\]"),
         (0, torch.zeros(9, 4).T, ValueError, r"logits has strides \(1, 4\)"),
+        (0, torch.zeros(1, 9).expand(4, 9), ValueError, r"logits .*\(0, 1\).* do not overlap"),
         (1, torch.zeros(4, dtype=torch.int64), TypeError, "slot is torch.int64"),
         (1, torch.zeros(3, dtype=torch.int32), ValueError, r"slot has shape \[3\]"),
         (1, torch.zeros(8, dtype=torch.int32)[::2], ValueError, r"slot has strides \(2,\)"),

@@ -173,6 +173,7 @@ def arguments() -> dict[str, Tensor]:
         ({"logits": torch.zeros(4, 8)}, ValueError, r"shape \[4, 8\], expected \[4, 9\]"),
         ({"logits": torch.zeros(4, PROBES).half()}, TypeError, "is torch.float16"),
         ({"logits": torch.zeros(PROBES, 4).T}, ValueError, r"has strides \(1, 4\)"),
+        ({"logits": torch.zeros(1, PROBES).expand(4, PROBES)}, ValueError, "do not overlap"),
         ({"slot": torch.zeros(4)}, TypeError, "slot is torch.float32"),
         ({"slot": torch.zeros(3, dtype=torch.int32)}, ValueError, r"slot has shape \[3\]"),
         ({"position": torch.zeros(4).long()}, TypeError, "position is torch.int64"),
@@ -193,6 +194,14 @@ def test_bad_argument_is_named_and_changes_no_slot(
     with pytest.raises(error, match=message):
         ops.score_advance(**given, **tables._asdict(), backend=backend)
     same(tables, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_elsewhere_than_the_weights_are_refused(backend: str) -> None:
+    tables = [type(table)(*(t.to("meta") for t in table.tensors())) for table in make_tables(0)]
+    weight, bias = torch.zeros(PROBES, 48), torch.zeros(PROBES)
+    with pytest.raises(ValueError, match="weight is on cpu, the slot table is on meta"):
+        ops.Backend("cpu", backend).bind_score_advance(weight, bias, *tables)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

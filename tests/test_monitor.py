@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from midstream.bank import Probe, ProbeBank
 from midstream.bundle import Bundle, Fingerprint
 from midstream.evidence import Ema, Mean
-from midstream.kernels.tables import SlotTable, Verdict
+from midstream.kernels.tables import MAX_POSITION, SlotTable, Verdict
 from midstream.monitor import Monitor, MonitorInUseError, NoFreeSlotError, RowError
 from midstream.policy import PolicyError, Thresholds
 from midstream.streams import StreamReport
@@ -375,3 +376,19 @@ def test_a_saved_bundle_makes_the_same_monitor(tmp_path: Any) -> None:
     loaded = Monitor.from_bundle(tmp_path / "bundle", slots=4, trace=16)
     logits = [-20.0, 0.5, 3.0, -0.5]
     assert run(loaded, logits, 1) == run(monitor, logits, 1)
+
+
+def test_a_prompt_that_no_position_can_count_is_refused_and_takes_no_slot() -> None:
+    monitor = toy.monitor(slots=1)
+    for tokens in (-1, MAX_POSITION, 2**40):
+        with pytest.raises(ValueError, match=f"got {tokens}"):
+            monitor.admit("s", tokens)
+    assert monitor.free_slots == 1
+
+
+def test_a_copy_of_a_slot_table_has_a_host_of_its_own() -> None:
+    slots = toy.monitor(slots=1).slots
+    slots.admit(0, start=3, policy=0, prior=torch.ones(2))
+    copied = copy.deepcopy(slots)
+    copied.admit(0, start=5, policy=0, prior=torch.ones(2))
+    assert (int(slots.start[0]), int(copied.start[0])) == (3, 5)

@@ -38,6 +38,13 @@ midstream::DType dtype(int code) {
   return static_cast<midstream::DType>(code);
 }
 
+/// Rows that are written must not share memory.
+void demand_apart(std::int64_t rows, std::int64_t stride, std::int64_t width, const char* name) {
+  demand(rows <= 1 || stride >= width, std::string(name) + " is " + std::to_string(stride) +
+                                           ", its rows are " + std::to_string(width) +
+                                           " wide and must not overlap");
+}
+
 void demand_threads(int threads) {
   demand(threads >= 1, "threads is " + std::to_string(threads) + ", expected 1 or more");
 }
@@ -87,10 +94,11 @@ void check(const midstream_tables* tables) {
   demand_pointers({p.ahead, p.halt_at, p.hold_at, p.release_at, p.on_unscored}, "tables.policy");
 }
 
-void check(const midstream_rows* rows) {
+void check(const midstream_rows* rows, std::int64_t probes) {
   demand(rows != nullptr, "rows is null");
   demand(rows->count >= 0, "rows.count is " + std::to_string(rows->count) + ", expected 0 or more");
   if (rows->count > 0) demand_pointers({rows->logits, rows->slot, rows->position}, "rows");
+  demand_apart(rows->count, rows->logits_stride, probes, "rows.logits_stride");
 }
 
 const midstream::Probes& check(const midstream_probes* probes) {
@@ -129,9 +137,13 @@ midstream_status midstream_probes_create(const midstream_probe_table* table,
   return guarded([=] {
     demand(table != nullptr && probes != nullptr, "table or probes is null");
     demand_pointers({table->weight, table->bias}, "the probe table");
+    constexpr std::int64_t kMost = std::int64_t{1} << 40;  // elements; packing rounds both sizes up
     demand(table->probes >= 1 && table->width >= 1,
            "the probe table is [" + std::to_string(table->probes) + ", " +
                std::to_string(table->width) + "], expected at least [1, 1]");
+    demand(table->probes <= kMost / table->width,
+           "the probe table is [" + std::to_string(table->probes) + ", " +
+               std::to_string(table->width) + "], expected at most 2^40 weights");
     *probes = new midstream_probes{
         midstream::Probes({table->weight, dtype(table->dtype), table->bias, table->probes,
                            table->width, table->rms_norm != 0, table->eps})};
@@ -181,6 +193,7 @@ midstream_status midstream_score(const midstream_probes* probes, const midstream
     demand_threads(threads);
     if (rows.rows == 0) return MIDSTREAM_OK;
     demand(logits != nullptr, "logits is null");
+    demand_apart(rows.rows, logits_stride, packed.table().probes, "logits_stride");
     midstream::score(packed, rows, {logits, logits_stride}, threads);
     return MIDSTREAM_OK;
   });
@@ -189,7 +202,7 @@ midstream_status midstream_score(const midstream_probes* probes, const midstream
 midstream_status midstream_advance(const midstream_tables* tables, const midstream_rows* rows) {
   return guarded([=] {
     check(tables);
-    check(rows);
+    check(rows, tables->sizes.probes);
     refuse_bad_row(*rows, *tables);
     midstream::advance(*rows, *tables);
     return MIDSTREAM_OK;
@@ -204,7 +217,7 @@ midstream_status midstream_score_advance(const midstream_probes* probes,
     const midstream::Probes& packed = check(probes);
     const midstream::Hidden x = check(hidden);
     check(tables);
-    check(rows);
+    check(rows, tables->sizes.probes);
     demand_threads(threads);
     demand(x.rows == rows->count, "hidden has " + std::to_string(x.rows) + " rows, rows has " +
                                       std::to_string(rows->count));
@@ -230,6 +243,10 @@ midstream_status midstream_add_rms_norm_score(const midstream_probes* probes,
         rows->gamma, dtype(rows->dtype), rows->rows,     rows->eps};
     if (rows->rows == 0) return MIDSTREAM_OK;
     demand_pointers({rows->x, rows->residual, rows->gamma, logits}, "rows, or logits,");
+    const midstream::ProbeTable& table = packed.table();
+    demand_apart(rows->rows, rows->x_stride, table.width, "rows.x_stride");
+    demand_apart(rows->rows, rows->residual_stride, table.width, "rows.residual_stride");
+    demand_apart(rows->rows, logits_stride, table.probes, "logits_stride");
     midstream::add_rms_norm_score(packed, converted, {logits, logits_stride}, threads);
     return MIDSTREAM_OK;
   });

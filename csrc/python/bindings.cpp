@@ -51,15 +51,22 @@ bool is_matrix(const Tensor& tensor, std::int64_t rows, std::int64_t columns) {
          (tensor.strides[1] == 1 || columns == 1 || rows == 0);
 }
 
+/// Whether no two elements of a matrix share memory, as those of an expanded tensor do.
+bool rows_are_apart(const Tensor& tensor) {
+  return tensor.shape[0] <= 1 || tensor.strides[0] >= tensor.shape[1];
+}
+
 bool is_vector(const Tensor& tensor, std::int64_t length) {
   return tensor.ndim == 1 && tensor.shape[0] == length && (tensor.strides[0] == 1 || length <= 1);
 }
 
-bool read_hidden(py::handle object, std::int64_t width, midstream::Hidden& hidden) {
+bool read_hidden(py::handle object, std::int64_t width, midstream::Hidden& hidden,
+                 bool written = false) {
   Tensor tensor;
   if (!reader.read(object, tensor) || tensor.ndim != 2) return false;
   const auto dtype = float_type(tensor);
   if (!dtype || !is_matrix(tensor, tensor.shape[0], width)) return false;
+  if (written && !rows_are_apart(tensor)) return false;
   hidden = {tensor.as<const void>(), *dtype, tensor.shape[0], tensor.strides[0]};
   return true;
 }
@@ -68,7 +75,7 @@ bool read_logits(py::handle object, std::int64_t rows, std::int64_t probes,
                  midstream::Logits& logits) {
   Tensor tensor;
   if (!reader.read(object, tensor) || float_type(tensor) != midstream::DType::float32 ||
-      !is_matrix(tensor, rows, probes)) {
+      !is_matrix(tensor, rows, probes) || !rows_are_apart(tensor)) {
     return false;
   }
   logits = {tensor.as<float>(), tensor.strides[0]};
@@ -162,8 +169,9 @@ struct Probes {
                 pointer<const float>(bias), probes, width, rms_norm, eps}),
         size(probes * width) {}
 
-  bool read(py::handle hidden, py::handle out, midstream::Hidden& x, midstream::Logits& z) const {
-    return read_hidden(hidden, packed.table().width, x) &&
+  bool read(py::handle hidden, py::handle out, midstream::Hidden& x, midstream::Logits& z,
+            bool written = false) const {
+    return read_hidden(hidden, packed.table().width, x, written) &&
            read_logits(out, x.rows, packed.table().probes, z);
   }
 
@@ -196,7 +204,7 @@ struct Probes {
     midstream::Logits z{};
     Tensor gain;
     const std::int64_t width = packed.table().width;
-    if (!read(residual, out, sum, z) || !read_hidden(x, width, other) ||
+    if (!read(residual, out, sum, z, true) || !read_hidden(x, width, other, true) ||
         !reader.read(gamma, gain) || other.dtype != sum.dtype || other.rows != sum.rows ||
         float_type(gain) != sum.dtype || !is_vector(gain, width)) {
       return false;

@@ -53,6 +53,12 @@ int main(int argc, char** argv) {
   given.probes = n.probes;
   given.width = more[0];
   demand(midstream_probes_create(&given, &probes) == MIDSTREAM_OK, "probes");
+  {
+    midstream_probe_table vast = given;
+    midstream_probes* none = NULL;
+    vast.probes = INT64_MAX / 8, vast.width = 64;
+    demand(midstream_probes_create(&vast, &none) == MIDSTREAM_INVALID_ARGUMENT, "vast table");
+  }
 
   memset(&tables, 0, sizeof tables);
   tables.sizes = n;
@@ -119,6 +125,17 @@ int main(int argc, char** argv) {
       const midstream_rows rows = {logits, n.probes, &beyond, &position, 1};
       demand(midstream_advance(&tables, &rows) == MIDSTREAM_OUT_OF_RANGE, "row out of range");
       demand(strstr(midstream_last_error(), "names slot") != NULL, "message");
+    }
+    {
+      /* Rows that share memory would get each other's logits. */
+      const int32_t slots[2] = {(int32_t)slot, -1}, positions[2] = {(int32_t)more[1], 0};
+      const midstream_hidden row = {hidden, MIDSTREAM_BFLOAT16, 2, 0};
+      const midstream_rows rows = {logits, 0, slots, positions, 2};
+      demand(midstream_score_advance(probes, &row, &tables, &rows, 1) == MIDSTREAM_INVALID_ARGUMENT,
+             "overlapping logits");
+      demand(strstr(midstream_last_error(), "must not overlap") != NULL, "message");
+      demand(midstream_advance(&tables, &rows) == MIDSTREAM_INVALID_ARGUMENT, "overlapping rows");
+      demand(midstream_score(probes, &row, logits, 0, 1) == MIDSTREAM_INVALID_ARGUMENT, "stride");
     }
   }
   midstream_probes_destroy(probes);

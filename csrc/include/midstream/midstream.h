@@ -131,7 +131,7 @@ typedef struct {
 
 /* Rows of a packed batch; those of one stream stand side by side, in order. */
 typedef struct {
-  float* logits; /* [count, P] with a free row stride in elements; NaN after midstream_advance */
+  float* logits; /* [count, P], row stride in elements, P or more; NaN after midstream_advance */
   int64_t logits_stride;
   const int32_t* slot;     /* [count], -1 = padding */
   const int32_t* position; /* [count], counted from the start of the prompt */
@@ -189,8 +189,8 @@ MIDSTREAM_API void midstream_probes_destroy(midstream_probes* probes);
 MIDSTREAM_API midstream_status midstream_admit(const midstream_tables* tables, int64_t slot,
                                                int32_t start, int32_t policy);
 
-/* logits[n, p] = weight[p] . phi(hidden[n]) + bias[p], [rows, P] with a free row stride. No result
- * depends on the other rows or on `threads`, the most that are used (1 or more). */
+/* logits[n, p] = weight[p] . phi(hidden[n]) + bias[p], [rows, P] with a row stride of P or more. No
+ * result depends on the other rows or on `threads`, the most that are used (1 or more). */
 MIDSTREAM_API midstream_status midstream_score(const midstream_probes* probes,
                                                const midstream_hidden* hidden, float* logits,
                                                int64_t logits_stride, int threads);

@@ -115,7 +115,7 @@ class Attachment:
         self._generate: Callable[..., Any] = model.generate
         self._taps = monitor.bank.taps
         self._slots: list[int] = []
-        self._streams = self._passes = self._steps = 0
+        self._streams = self._passes = self._reads = self._steps = 0
 
     def __enter__(self) -> Self:
         model = self.model
@@ -163,7 +163,7 @@ class Attachment:
         """
         self._steps += 1
         self._check_passes(self._passes)
-        self._passes = 0
+        self._passes = self._reads = 0
         rows, tokens = input_ids.shape
         observed = self.monitor.observed_rows
         if self._steps > 1 and rows > 1:  # a single row that has ended is not fed again
@@ -228,7 +228,9 @@ class Attachment:
                     "halted; pass logits_processor=[m.halting()], or attach with enforce=False to "
                     "observe only"
                 )
-            kwargs["logits_processor"] = LogitsProcessorList([*processors, self.halting()])
+            # One that stands elsewhere observes as well, and a second step per pass is refused.
+            others = [p for p in processors if getattr(p, "attachment", None) is not self]
+            kwargs["logits_processor"] = LogitsProcessorList([*others, self.halting()])
         mask = kwargs.get("attention_mask")
         if mask is None:
             # as generate infers it: pads are padding unless they could end a sequence
@@ -270,7 +272,7 @@ class Attachment:
         self._next = torch.zeros_like(self._live)  # position of the token to be fed
         self._count: Any = self._next.numpy() if on_host else self._next  # the same memory
         self._prompt_mask = mask.to(self.monitor.device).bool()
-        self._passes = self._steps = 0
+        self._passes = self._reads = self._steps = 0
 
     def _observe(self, tap: Tap, hidden: Tensor) -> None:
         if not self._slots:
@@ -282,6 +284,12 @@ class Attachment:
             self._passes += 1
             if self._passes > 1:
                 self._check_passes(self._passes)
+        self._reads += 1
+        if self._reads > len(self._taps):
+            raise UnsupportedGenerationError(
+                f"{tap} was read more than once in 1 forward pass, as where layers are shared; tap "
+                "a layer that runs once"
+            )
         self.monitor.observe(tap, hidden)
 
     def _retire_ended(self, fed_last: Tensor) -> None:
