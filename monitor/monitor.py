@@ -244,7 +244,11 @@ class Monitor:
             if self._observed:
                 raise RowError(f"{rows} slots for the {self._rows} rows that were observed")
             self._set_rows(rows)
-        self._advance(self._used, slot, position)
+        try:
+            self._advance(self._used, slot, position)
+        except BaseException:
+            self.discard()  # or the next advance would fold what these rows left
+            raise
         self._observed = False
 
     def session(self, slot: int) -> Session[Any]:

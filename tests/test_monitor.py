@@ -182,6 +182,17 @@ def test_no_tap_at_all_leaves_the_rows_unscored_too(rows: int) -> None:
     assert [monitor.retire(slot).unscored for slot in slots] == [1] * rows + [0] * (3 - rows)
 
 
+def test_rows_of_an_advance_that_failed_are_not_folded_by_the_next() -> None:
+    monitor = watch()
+    slot = monitor.admit("s", 0)
+    monitor.observe(FIRST, hidden(20.0))
+    with pytest.raises(IndexError, match="names slot 99"):
+        monitor.advance(ints(99), ints(0))
+    monitor.advance(ints(slot), ints(0))
+    assert (report := monitor.retire(slot)).unscored == 1
+    assert report.verdict != "HALT"
+
+
 def test_rows_that_do_not_fit_are_refused_and_can_be_discarded() -> None:
     monitor = watch(axis("a", FIRST, 0), axis("b", SECOND, 0))
     slot = monitor.admit("s", 0)

@@ -166,7 +166,7 @@ class Attachment:
         self._passes = self._reads = 0
         rows, tokens = input_ids.shape
         observed = self.monitor.observed_rows
-        if self._steps > 1 and rows > 1:  # a single row that has ended is not fed again
+        if self._steps > 1:
             self._retire_ended(input_ids[:, -1])
         if observed == rows and self._steps > 1:
             slot, position = self._live, self._next
