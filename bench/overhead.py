@@ -24,7 +24,7 @@ from midstream.taps import Tap
 TAPS = (Tap(4, "resid_post"), Tap(8, "resid_post"))
 PROBES_PER_TAP = 4
 NEW_TOKENS = 16
-PAIRS = 15
+PAIRS = 31
 
 
 def random_llama() -> LlamaForCausalLM:

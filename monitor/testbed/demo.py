@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]
 BATCH = 100
 MAX_NEW_TOKENS = 192
 OVERHEAD_TOKENS = 128
-OVERHEAD_PAIRS = 15
+OVERHEAD_PAIRS = 31
 EMA_ALPHA = 0.5
 """Weight of the newest logit in the EMA baseline, as in the Gemini probes (arXiv 2601.11516)."""
 
