@@ -121,7 +121,7 @@ def _bound_advance(backend: str, tables: tuple[Sequence[Tensor], ...]) -> BoundA
     if bound is None:
         aliases = ([tensor.detach() for tensor in table] for table in tables)
         bound = load(backend).bind_advance(*_tables(*aliases))
-        for oldest in list(_bound)[: len(_bound) + 1 - _MOST_BOUND]:
+        for oldest in list(_bound)[: 1 - _MOST_BOUND]:
             _bound.pop(oldest, None)
         _bound[key] = bound
     return bound

@@ -18,7 +18,7 @@ from midstream.chain import (
     fit_by_counts,
     fundamental_matrix,
 )
-from midstream.kernels.reference import _predict
+from midstream.kernels.reference_advance import _predict
 from midstream.kernels.tables import GAP_BITS
 from midstream.policy import Policy, Thresholds
 
