@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "addresses.h"
 #include "midstream/add_rms_norm_score.h"
 #include "midstream/advance.h"
 #include "midstream/isa.h"
@@ -21,7 +22,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
+using midstream::python::Address;
+using midstream::python::pointer;
 using midstream::python::Tensor;
 
 // Releasing the GIL costs about 0.1 us, more than 1 % of the call below this many multiply-adds.
@@ -31,11 +33,6 @@ constexpr std::int64_t kAskForThreadsAbove = 1 << 24;
 
 midstream::python::TensorReader reader;
 py::handle get_num_threads;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::optional<midstream::DType> float_type(const Tensor& tensor) {
   using midstream::DType;
@@ -104,32 +101,13 @@ void run(std::int64_t work, const Body& body) {
   }
 }
 
-/// Slot, evidence, chain and policy tables. Addresses come in the order of the fields.
+/// Slot, evidence, chain and policy tables.
 struct Tables {
-  Tables(const std::array<std::int64_t, 8>& n, const std::array<Address, 18>& slots,
-         const std::array<Address, 5>& evidence, const std::array<Address, 6>& chain,
-         const std::array<Address, 5>& policy) {
-    tables.sizes = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]};
-    const Address* next = slots.data();
-    const auto take = [&next](auto*& field) {
-      field = pointer<std::remove_reference_t<decltype(*field)>>(*next++);
-    };
-    auto& s = tables.slots;
-    take(s.position), take(s.start), take(s.policy), take(s.evidence), take(s.folds), take(s.ring);
-    take(s.belief), take(s.risk), take(s.peak), take(s.verdict), take(s.cause), take(s.halted_at);
-    take(s.scored), take(s.unscored), take(s.trace_position), take(s.trace_risk);
-    take(s.trace_verdict), take(s.trace_logits);
-    next = evidence.data();
-    auto& e = tables.evidence;
-    take(e.rule), take(e.parameter), take(e.window), take(e.center), take(e.phase);
-    next = chain.data();
-    auto& c = tables.chain;
-    take(c.step_powers), take(c.emission), take(c.edges), take(c.prior), take(c.prompt_emission);
-    take(c.prompt_edges);
-    next = policy.data();
-    auto& p = tables.policy;
-    take(p.ahead), take(p.halt_at), take(p.hold_at), take(p.release_at), take(p.on_unscored);
-  }
+  Tables(const midstream::python::TableSizes& sizes, const midstream::python::SlotAddresses& slots,
+         const midstream::python::EvidenceAddresses& evidence,
+         const midstream::python::ChainAddresses& chain,
+         const midstream::python::PolicyAddresses& policy)
+      : tables(midstream::python::tables_at(sizes, slots, evidence, chain, policy)) {}
 
   bool read(const midstream::Logits& logits, py::handle slot, py::handle position,
             std::int64_t count, midstream::Rows& rows) const {
@@ -242,9 +220,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa_cap", &midstream::set_isa_cap, py::arg("name"),
         "Bind with at most this instruction set from now on, whatever MIDSTREAM_CPU_ISA says.");
   py::class_<Tables>(m, "Tables", "Addresses and sizes of all tables of a monitor.")
-      .def(py::init<const std::array<std::int64_t, 8>&, const std::array<Address, 18>&,
-                    const std::array<Address, 5>&, const std::array<Address, 6>&,
-                    const std::array<Address, 5>&>(),
+      .def(py::init<const midstream::python::TableSizes&, const midstream::python::SlotAddresses&,
+                    const midstream::python::EvidenceAddresses&,
+                    const midstream::python::ChainAddresses&,
+                    const midstream::python::PolicyAddresses&>(),
            py::arg("sizes"), py::arg("slots"), py::arg("evidence"), py::arg("chain"),
            py::arg("policy"))
       .def("advance", &Tables::advance, "Fold the rows.", py::arg("logits"), py::arg("slot"),

@@ -12,6 +12,7 @@
 #include <string>
 #include <type_traits>
 
+#include "addresses.h"
 #include "midstream/cuda/advance.h"
 #include "midstream/cuda/launch.h"
 #include "midstream/cuda/score.h"
@@ -21,12 +22,8 @@ namespace cuda = midstream::cuda;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using midstream::python::Address;
+using midstream::python::pointer;
 
 cudaStream_t stream_of(Address address) { return reinterpret_cast<cudaStream_t>(address); }
 
@@ -37,32 +34,13 @@ void check(cudaError_t error) {
   }
 }
 
-/// Slot, evidence, chain and policy tables. Addresses come in the order of the fields.
+/// Slot, evidence, chain and policy tables.
 struct Tables {
-  Tables(const std::array<std::int64_t, 8>& n, const std::array<Address, 18>& slots,
-         const std::array<Address, 5>& evidence, const std::array<Address, 6>& chain,
-         const std::array<Address, 5>& policy) {
-    tables.sizes = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7]};
-    const Address* next = slots.data();
-    const auto take = [&next](auto*& field) {
-      field = pointer<std::remove_reference_t<decltype(*field)>>(*next++);
-    };
-    auto& s = tables.slots;
-    take(s.position), take(s.start), take(s.policy), take(s.evidence), take(s.folds), take(s.ring);
-    take(s.belief), take(s.risk), take(s.peak), take(s.verdict), take(s.cause), take(s.halted_at);
-    take(s.scored), take(s.unscored), take(s.trace_position), take(s.trace_risk);
-    take(s.trace_verdict), take(s.trace_logits);
-    next = evidence.data();
-    auto& e = tables.evidence;
-    take(e.rule), take(e.parameter), take(e.window), take(e.center), take(e.phase);
-    next = chain.data();
-    auto& c = tables.chain;
-    take(c.step_powers), take(c.emission), take(c.edges), take(c.prior), take(c.prompt_emission);
-    take(c.prompt_edges);
-    next = policy.data();
-    auto& p = tables.policy;
-    take(p.ahead), take(p.halt_at), take(p.hold_at), take(p.release_at), take(p.on_unscored);
-  }
+  Tables(const midstream::python::TableSizes& sizes, const midstream::python::SlotAddresses& slots,
+         const midstream::python::EvidenceAddresses& evidence,
+         const midstream::python::ChainAddresses& chain,
+         const midstream::python::PolicyAddresses& policy)
+      : tables(midstream::python::tables_at(sizes, slots, evidence, chain, policy)) {}
 
   void advance(Address logits, std::int64_t logits_stride, Address slot, Address position,
                std::int64_t count, Address stream) const {
@@ -173,9 +151,10 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("width"), py::arg("size"), py::arg("limit"));
 
   py::class_<Tables>(m, "Tables", "Addresses and sizes of all tables of a monitor.")
-      .def(py::init<const std::array<std::int64_t, 8>&, const std::array<Address, 18>&,
-                    const std::array<Address, 5>&, const std::array<Address, 6>&,
-                    const std::array<Address, 5>&>(),
+      .def(py::init<const midstream::python::TableSizes&, const midstream::python::SlotAddresses&,
+                    const midstream::python::EvidenceAddresses&,
+                    const midstream::python::ChainAddresses&,
+                    const midstream::python::PolicyAddresses&>(),
            py::arg("sizes"), py::arg("slots"), py::arg("evidence"), py::arg("chain"),
            py::arg("policy"))
       .def("advance", &Tables::advance, "Fold `count` rows.", py::arg("logits"),
