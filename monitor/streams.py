@@ -80,7 +80,7 @@ class Trace(BaseModel):
         cells = np.flatnonzero(position >= 0)  # -1 marks cells never written
         cells = cells[position[cells].argsort()]
         logits = _array(slots.trace_logits[slot])[cells]
-        # Not validated: it was made here, and 1024 tokens of 8 probes would take 0.5 ms.
+        # Not validated: it was made here, and 1024 tokens of 8 probes would take 0.14 ms.
         return cls.model_construct(
             position=position[cells].tolist(),
             risk=_finite(_array(slots.trace_risk[slot])[cells]),
