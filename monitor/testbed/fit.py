@@ -48,9 +48,9 @@ HAZARD = "sealed vessel opened"
 # The level of the combined hazard, in log-odds, above which only violated streams are.
 _VIOLATED_ABOVE = 5.0
 
-# Below it evenly spaced from 1 % to 98.5 %, where the risk moves. The number was chosen by the median
-# lead on 2,700 streams that train neither probes nor chain and that the demo does not see: 8, 10,
-# 12, 10 and 12 tokens with 12, 20, 24, 30 and 40 bins. Each bin is a state of the chain.
+# Below it evenly spaced from 1 % to 98.5 %, where the risk moves. The number was chosen by the
+# median lead on 2,700 streams that train neither probes nor chain and that the demo does not see:
+# 8, 10, 12, 10 and 12 tokens with 12, 20, 24, 30 and 40 bins. Each bin is a state of the chain.
 _BIN_LOG_ODDS = (*np.linspace(-4.6, 4.2, 24), _VIOLATED_ABOVE)
 
 # The chain of a bundle whose own is still to be fitted: replaying evidence does not look at it.
