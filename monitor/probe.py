@@ -46,6 +46,9 @@ class Probe:
         How the logits are smoothed over a stream.
     reads
         The tokens it reads.
+    adds_to
+        Name of the probe to whose logit this one's is added before the evidence: one read-out over
+        several taps. Such a part has no evidence, hazard or cause of its own.
 
     Raises
     ------
@@ -64,6 +67,7 @@ class Probe:
     eps: float = 1e-6
     evidence: Evidence = _LAST
     reads: Reads = "response"
+    adds_to: str | None = None
 
     def __post_init__(self) -> None:
         for key, text in (("name", self.name), ("hazard", self.hazard)):

@@ -52,7 +52,7 @@ def fit_logistic(
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError("fitting needs scikit-learn: pip install 'midstream[fit]'") from error
+        raise ImportError("fitting needs scikit-learn: pip install 'midstream[learn]'") from error
     if labels.all() or not labels.any():
         raise ValueError(f"probe {name!r}: all {len(labels)} labels are {bool(labels.all())}")
     scaler = StandardScaler().fit(hidden)
