@@ -259,7 +259,7 @@ class Policy(_Strict):
     def to_yaml(self) -> str:
         """YAML in the order of the fields."""
         dump = self.model_dump(mode="json", exclude_none=True)
-        return yaml.safe_dump(dump, sort_keys=False, allow_unicode=True)
+        return yaml.dump(dump, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "policy.yaml") -> Policy:
@@ -278,6 +278,17 @@ class Policy(_Strict):
 
 def _looser(tier: TierName, than: TierName) -> bool:
     return TIERS.index(tier) > TIERS.index(than)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML takes for a line break, which would come back as a space."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(breaks in data for breaks in "\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):

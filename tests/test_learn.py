@@ -135,5 +135,5 @@ def test_labels_that_are_all_the_same_are_refused(value: bool) -> None:
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(ImportError, match=r"midstream\[fit\]"):
+    with pytest.raises(ImportError, match=r"midstream\[learn\]"):
         fit_logistic("p", "harm", TAPS[0], *data())

@@ -113,6 +113,14 @@ def test_what_is_left_out_is_on_the_safe_side():
     assert policy.loosest == "moderate"
 
 
+@pytest.mark.parametrize("breaks", ["\x85", "\u2028", "\u2029", "\ufeff"])
+def test_what_yaml_takes_for_a_line_break_comes_back(breaks):
+    name = f"tool{breaks}call"
+    tiers = {"moderate": Thresholds(horizon=0, halt_at=0.5)}
+    policy = Policy(tiers=tiers, default_tier="moderate", segments={name: tiers})
+    assert Policy.from_yaml(policy.to_yaml()) == policy
+
+
 @settings(max_examples=40)
 @given(policies())
 def test_yaml_round_trip(policy):
