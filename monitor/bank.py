@@ -9,13 +9,21 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from torch import Tensor
 
-from midstream.evidence import Evidence, Mean
+from midstream.evidence import Evidence, Last, Mean
 from midstream.kernels.tables import EvidenceTable
 from midstream.probe import PHASES, Norm, Probe, Reads
 from midstream.taps import Tap
@@ -38,6 +46,14 @@ class ProbeSpec(_Spec):
     hazard: str
     reads: Reads
     evidence: Evidence
+    adds_to: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_most_have_not(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        if self.adds_to is None:
+            del content["adds_to"]
+        return content
 
 
 class TapSpec(_Spec):
@@ -67,7 +83,10 @@ class ProbeBank:
     Attributes
     ----------
     probes : tuple of Probe
-        In column order, as all that follow with one entry per probe.
+        In column order, those that only add to another one included.
+    heads : tuple of Probe
+        Those with evidence of their own, P of them; all that follows with one entry per probe has
+        one per head.
     taps : tuple of Tap
         In the order in which a model computes them.
     hidden_size : int
@@ -91,7 +110,8 @@ class ProbeBank:
         self._check()
         self.taps = tuple(self._groups)
         self.hidden_size = len(self.probes[0].weight)
-        rules = [probe.evidence for probe in self.probes]
+        self.heads = tuple(probe for probe in self.probes if probe.adds_to is None)
+        rules = [probe.evidence for probe in self.heads]
         self.window = max((rule.window for rule in rules if isinstance(rule, Mean)), default=0)
         self._columns: dict[Tap, slice] = {}
         self._weights: dict[Tap, Tensor] = {}
@@ -103,12 +123,13 @@ class ProbeBank:
             self._biases[tap] = torch.tensor([probe.bias for probe in group])
 
     def _check(self) -> None:
+        self._check_parts()
         if not any(probe.reads == "response" for probe in self.probes):
             raise ValueError(
                 "probes: none reads the response, so no token could be scored; "
                 "give at least one that does"
             )
-        for name, count in Counter(self.names).items():
+        for name, count in Counter(probe.name for probe in self.probes).items():
             if count > 1:
                 raise ValueError(
                     f"probes: name {name!r} is used {count} times: names are unique in a bank"
@@ -128,19 +149,52 @@ class ProbeBank:
                     f"{probe.tap}, so they share both"
                 )
 
+    def _check_parts(self) -> None:
+        named = {probe.name: probe for probe in self.probes}
+        for part in (probe for probe in self.probes if probe.adds_to is not None):
+            head = named.get(part.adds_to or "")
+            if head is None or head.adds_to is not None:
+                raise ValueError(
+                    f"probe {part.name!r}: adds_to: {part.adds_to!r} is "
+                    f"{'not in the bank' if head is None else 'itself a part of another'}"
+                )
+            if (part.hazard, part.reads) != (head.hazard, head.reads):
+                raise ValueError(
+                    f"probe {part.name!r}: looks for {part.hazard!r} in the {part.reads}, "
+                    f"{head.name!r}, to which it adds, for {head.hazard!r} in the {head.reads}"
+                )
+            if part.evidence != Last():
+                raise ValueError(
+                    f"probe {part.name!r}: evidence: a part has none; give the rule to "
+                    f"{head.name!r}"
+                )
+
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the probes."""
-        return tuple(probe.name for probe in self.probes)
+        """Names of the heads."""
+        return tuple(probe.name for probe in self.heads)
 
     @property
     def hazards(self) -> tuple[str, ...]:
-        """Hazard of each probe; one hazard may have several probes."""
-        return tuple(probe.hazard for probe in self.probes)
+        """Hazard of each head; one hazard may have several."""
+        return tuple(probe.hazard for probe in self.heads)
 
     def columns(self, tap: Tap) -> slice:
-        """Columns of the logits that this tap writes."""
+        """Columns that this tap writes, of the read-outs of all ``probes``."""
         return self._columns[tap]
+
+    @property
+    def terms(self) -> list[list[int]]:
+        """Columns that make up each head's logit, its own first."""
+        parts: dict[str, list[int]] = {}
+        for column, probe in enumerate(self.probes):
+            if probe.adds_to is not None:
+                parts.setdefault(probe.adds_to, []).append(column)
+        return [
+            [column, *parts.get(probe.name, [])]
+            for column, probe in enumerate(self.probes)
+            if probe.adds_to is None
+        ]
 
     def weight(self, tap: Tap) -> Tensor:
         """Weights of the tap's probes, fp32 [P_t, d] on the CPU unless moved by `to`."""
@@ -169,8 +223,8 @@ class ProbeBank:
         return moved
 
     def evidence_table(self, device: torch.device | str = "cpu") -> EvidenceTable:
-        """Return the smoothing rules as the ops take them, one entry per probe in column order."""
-        rules = [probe.evidence for probe in self.probes]
+        """Return the smoothing rules as the ops take them, one entry per head in column order."""
+        rules = [probe.evidence for probe in self.heads]
 
         def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(list(values), dtype=dtype, device=device)
@@ -180,7 +234,7 @@ class ProbeBank:
             parameter=column((rule.parameter for rule in rules), torch.float32),
             window=column((rule.tokens for rule in rules), torch.int32),
             center=column((rule.center for rule in rules), torch.float32),
-            phase=column((PHASES[probe.reads] for probe in self.probes), torch.int32),
+            phase=column((PHASES[probe.reads] for probe in self.heads), torch.int32),
         )
 
     def spec(self) -> BankSpec:
@@ -188,7 +242,13 @@ class ProbeBank:
         taps = []
         for tap, group in self._groups.items():
             probes = tuple(
-                ProbeSpec(name=p.name, hazard=p.hazard, reads=p.reads, evidence=p.evidence)
+                ProbeSpec(
+                    name=p.name,
+                    hazard=p.hazard,
+                    reads=p.reads,
+                    evidence=p.evidence,
+                    adds_to=p.adds_to,
+                )
                 for p in group
             )
             taps.append(TapSpec(tap=tap, norm=self.norm(tap), eps=self.eps(tap), probes=probes))
@@ -236,6 +296,7 @@ class ProbeBank:
                 entry.eps,
                 p.evidence,
                 p.reads,
+                p.adds_to,
             )
             for entry in spec.taps
             for p, weight, bias in zip(

@@ -114,7 +114,7 @@ class Bundle:
                 f"hidden_size: the probes read {self.bank.hidden_size}, "
                 f"{model.architecture} has {model.hidden_size}"
             )
-        reads_prompt = any(probe.reads == "prompt" for probe in self.bank.probes)
+        reads_prompt = any(probe.reads == "prompt" for probe in self.bank.heads)
         if self.chain.prompt_edges and not reads_prompt:
             raise BundleError(
                 "prompt_edges: the chain bins prompt evidence, but no probe reads prompts; add "

@@ -105,6 +105,8 @@ class Monitor:
         )
         self._chain = self.chain.table(self.device)
         bank = self.bank.to(self.device)
+        self._terms = bank.terms
+        self._heads = torch.tensor([columns[0] for columns in bank.terms], device=self.device)
         self._score = {
             t: self.backend.bind_score(
                 bank.weight(t), bank.bias(t), rms_norm=bank.norm(t) == "rms", eps=bank.eps(t)
@@ -135,7 +137,8 @@ class Monitor:
     @torch.inference_mode(False)
     def reserve(self, rows: int) -> None:
         """Make room for ``rows`` rows per pass; allocates, so not while a graph is captured."""
-        self._logits = torch.full((rows, len(self.bank.names)), torch.nan, device=self.device)
+        self._logits = torch.full((rows, len(self.bank.probes)), torch.nan, device=self.device)
+        self._summed = torch.empty((rows, len(self.bank.heads)), device=self.device)
         self._observed = False  # whether some tap was, since the last advance
         self._set_rows(0)
 
@@ -245,7 +248,7 @@ class Monitor:
                 raise RowError(f"{rows} slots for the {self._rows} rows that were observed")
             self._set_rows(rows)
         try:
-            self._advance(self._used, slot, position)
+            self._advance(self._head_logits(), slot, position)
         except BaseException:
             self.discard()  # or the next advance would fold what these rows left
             raise
@@ -319,6 +322,21 @@ class Monitor:
         if slot not in self._admitted:
             raise KeyError(f"slot {slot} holds no stream; admitted are {sorted(self._admitted)}")
         return self._admitted[slot]
+
+    def _head_logits(self) -> Tensor:
+        """Logits of the heads, [N, P]; where no probe adds to another they are the read-outs.
+
+        A part costs one launch more. They are added one by one, in the same order in any batch.
+        """
+        if len(self.bank.heads) == len(self.bank.probes):
+            return self._used
+        for head, *parts in self._terms:
+            for part in parts:
+                self._used[:, head].add_(self._used[:, part])
+        logits = self._summed[: self._rows]
+        torch.index_select(self._used, 1, self._heads, out=logits)
+        self._used.fill_(torch.nan)  # what advance does to what it is given
+        return logits
 
     def _set_rows(self, rows: int) -> None:
         if rows > self._logits.shape[0]:

@@ -189,7 +189,8 @@ def inspect_table(summary: dict[str, Any]) -> Iterator[RenderableType]:
         probes.add_column(header)
     for probe in summary["probes"]:
         probes.add_row(
-            *(str(probe[key]) for key in ("name", "hazard", "tap", "reads", "evidence")),
+            *(str(probe[key]) for key in ("name", "hazard", "tap", "reads")),
+            f"adds to {probe['adds_to']}" if "adds_to" in probe else probe["evidence"],
             probe["norm"],
         )
     yield probes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -319,6 +320,39 @@ def test_a_bank_survives_storage_bit_for_bit(bank: ProbeBank) -> None:
             assert getattr(one, key) == getattr(other, key)
     assert safetensors.torch.save(back.tensors()) == stored
     assert back.spec() == bank.spec()
+
+
+def test_parts_are_stored_and_have_no_evidence_of_their_own() -> None:
+    bank = ProbeBank(
+        [
+            probe("late part", tap=Tap(1, "resid_post"), adds_to="head"),
+            probe("head", tap=Tap(1, "resid_pre"), evidence=Max()),
+            probe("other", tap=Tap(0, "resid_post")),
+            probe("early part", tap=Tap(0, "resid_post"), adds_to="head"),
+        ]
+    )
+    spec = BankSpec.model_validate_json(bank.spec().model_dump_json())
+    assert spec.model_dump_json().count("adds_to") == 2  # bundles without parts stay as they were
+    for same in (bank, ProbeBank.from_parts(spec, bank.tensors())):
+        assert [p.name for p in same.probes] == ["other", "early part", "head", "late part"]
+        assert same.names == ("other", "head")
+        assert same.terms == [[0], [2, 1, 3]]
+        assert same.evidence_table().rule.tolist() == [Rule.LAST, Rule.MAX]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adds_to": "nobody"}, "adds_to: 'nobody' is not in the bank"),
+        ({"adds_to": "part"}, "adds_to: 'part' is itself a part of another"),
+        ({"adds_to": "head", "hazard": "other"}, "looks for 'other' in the response"),
+        ({"adds_to": "head", "reads": "prompt"}, "in the prompt"),
+        ({"adds_to": "head", "evidence": Max()}, "a part has none; give the rule to 'head'"),
+    ],
+)
+def test_a_part_that_fits_no_head_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ProbeBank([probe("head"), probe("part", **changes)])
 
 
 def test_moving_a_bank_changes_the_weights_of_the_copy_alone() -> None:

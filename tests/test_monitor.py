@@ -6,6 +6,7 @@ import copy
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -359,6 +360,42 @@ def test_a_recorded_stream_replays_to_the_recorded_verdicts(logits: list[float])
     scores = recorded.trace.scores["l"]
     again = run(watch(*probes), [float("nan") if z is None else z for z in scores])
     assert again == recorded
+
+
+@given(logits=st.lists(st.tuples(LOGITS, LOGITS, LOGITS), min_size=1, max_size=12))
+@settings(max_examples=30)
+def test_parts_add_their_logits_to_the_head_and_to_nothing_else(
+    logits: list[tuple[float, float, float]],
+) -> None:
+    parted = watch(
+        axis("head", SECOND, 0, bias=1.0),
+        axis("part", FIRST, 1, adds_to="head", bias=-0.5),
+        axis("other part", SECOND, 1, adds_to="head"),
+        axis("free", FIRST, 2),
+    )
+    whole = watch(
+        Probe("head", "hazard", SECOND, torch.tensor([1.0, 2.0, 0.0, 0.0]), 0.5),
+        axis("free", FIRST, 2),
+    )
+    found, expected = (run(monitor, logits) for monitor in (parted, whole))
+    for name in ("head", "free"):
+        ours, theirs = (
+            np.array(report.trace.scores[name], dtype=float) for report in (found, expected)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (found.scored, found.unscored) == (expected.scored, expected.unscored)
+
+
+def test_a_part_whose_tap_was_not_observed_leaves_the_token_unscored() -> None:
+    monitor = watch(axis("head", FIRST, 0), axis("part", SECOND, 0, adds_to="head"))
+    slot = monitor.admit("s", 0)
+    for position, taps in enumerate([(FIRST, SECOND), (FIRST,), (SECOND,), (FIRST, SECOND)]):
+        for tap in taps:
+            monitor.observe(tap, hidden(-9.0))
+        monitor.advance(ints(slot), ints(position))
+    report = monitor.retire(slot)
+    assert report.trace.scores["head"] == [-18.0, None, None, -18.0]
+    assert (report.scored, report.unscored) == (2, 2)
 
 
 def test_one_engine_at_a_time() -> None:

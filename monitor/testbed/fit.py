@@ -222,7 +222,7 @@ def _fit_chain(
     hidden: Sequence[NDArray[np.float32]],
 ) -> Chain:
     monitor = Monitor(bundle, slots=1, trace=0)
-    reads = np.array([probe.reads == "response" for probe in bundle.bank.probes])
+    reads = np.array([probe.reads == "response" for probe in bundle.bank.heads])
     observed = []
     for stream, rows in zip(written, hidden, strict=True):
         start = len(stream.prompt.ids)
