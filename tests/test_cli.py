@@ -15,7 +15,8 @@ import toy
 from typer.testing import CliRunner
 
 from midstream.bundle import Bundle
-from midstream.cli import HALTED, app
+from midstream.cli import app
+from midstream.commands.watch import HALTED
 
 GOOD = "w5 w6 w7"
 BAD = "w5 bad w7"
