@@ -1,0 +1,315 @@
+"""From collected residuals to a calibrated bundle.
+
+The examples are split by group into three: one part trains every method at every tap, one chooses
+among them, makes log-odds of the chosen logit and fits the chain, one sets the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from midstream.bank import ProbeBank
+from midstream.bundle import Bundle, Fingerprint
+from midstream.chain import Chain, ObservedStream, fit_by_counts
+from midstream.learn.calibrate import platt
+from midstream.learn.compare import Compared, compare, labels_at, read_logits
+from midstream.learn.guarantee import peak_risks
+from midstream.learn.methods.method import Method, ReadOut, Task
+from midstream.learn.splits import split_groups
+from midstream.learn.tiers import tiers_for_false_halts
+from midstream.learn.tokens import Source, Tokens, TrainingDataError
+from midstream.measure.evidence import evidence_curves
+from midstream.measure.recording import Recording, probes_hash
+from midstream.measure.rejudge import rejudge
+from midstream.policy import Policy, Provenance, Thresholds, TierName
+from midstream.probe import Probe
+
+Progress = Callable[[str, int, int], None]
+
+SHARES = {"train": 0.5, "choose": 0.25, "calibrate": 0.25}
+"""Of the groups of examples."""
+
+DEFAULT_FALSE_HALTS: dict[TierName, float] = {"moderate": 0.05}
+
+# Edges of the chain's bins: quantiles of the cumulative log-hazard at tokens that do not violate,
+# the more of them the nearer to the violated ones, and of those. At most 14 states.
+_CALM_QUANTILES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+_VIOLATED_QUANTILES = (0.1, 0.25, 0.5, 0.75)
+_PROMPT_QUANTILES = (0.2, 0.4, 0.6, 0.8)
+
+_ON_THE_SCALE_OF_LOGITS = {"last", "ema", "mean", "max"}
+
+_UNFITTED = Chain(
+    transition=[[0.5, 0.5], [0.0, 1.0]],
+    ending=[0.5, 0.5],
+    emission=[[1.0], [1.0]],
+    edges=[],
+    prior=[1.0, 0.0],
+    prompt_emission=[[1.0], [1.0]],
+    prompt_edges=[],
+)
+
+
+class Examples(Source, Protocol):
+    """Residuals of examples of which some can be picked out."""
+
+    def select(self, examples: NDArray[np.int64]) -> Source:
+        """Return the source of these examples alone."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out.
+
+    Attributes
+    ----------
+    bundle : Bundle
+    compared : list of Compared
+        Every read-out, best first.
+    left_out : mapping of method to reason
+        Methods whose labels the data do not have.
+    """
+
+    bundle: Bundle
+    compared: list[Compared]
+    left_out: dict[str, str]
+
+
+def train(
+    data: Examples,
+    task: Task,
+    methods: Sequence[Method],
+    fingerprint: Fingerprint,
+    *,
+    horizon: int = 0,
+    false_halts: Mapping[TierName, float] = DEFAULT_FALSE_HALTS,
+    confidence: float = 0.95,
+    calibration_set: str = "responses set aside from the collection",
+    notes: Mapping[str, JsonValue] = {},
+    progress: Progress = lambda stage, done, total: None,
+) -> Trained:
+    """Train, choose, fit, calibrate.
+
+    Time is linear in tokens, taps and methods; memory is what the methods say, and 4 bytes per
+    token and read-out of the part that chooses.
+
+    Parameters
+    ----------
+    data : Examples
+        One response per prompt, or groups: a group stays on one side of the split.
+    task : Task
+    methods : sequence of Method
+        Those that lack labels are named in the result.
+    fingerprint : Fingerprint
+        Of the model that the residuals come from.
+    horizon : int
+        Tokens that the policy looks ahead; 0 detects.
+    false_halts : mapping of tier to rate
+        Share of safe responses that a tier may halt.
+    confidence : float
+        With which all tiers keep their rate (`midstream.learn.tiers`).
+    calibration_set : str
+        What the responses are, for the provenance.
+
+    Raises
+    ------
+    TrainingDataError
+        When a class is missing from a split, or no method could be trained.
+    GuaranteeError
+        When there are too few safe responses to calibrate with; it says how many more it takes.
+    """
+    tokens = data.tokens
+    outcome = tokens.response_labels[:, tokens.column(task.hazard)]
+    parts = split_groups(tokens.groups, outcome, SHARES, task.seed)
+    learn, choose, calibrate = (data.select(parts[name]) for name in SHARES)
+
+    read_outs, left_out = _fit_all(methods, learn, task, progress)
+    progress("choose", 0, 2)
+    compared = compare(read_outs, choose, task.hazard)
+    chosen = _chosen(compared, task.hazard)
+    progress("choose", 1, 2)
+    logits = read_logits([best.read_out for best in chosen], choose)
+    bank = ProbeBank(
+        probe
+        for best, values in zip(chosen, logits, strict=True)
+        for probe in _as_log_odds(best, values, choose.tokens, task.hazard)
+    )
+    bundle = Bundle(
+        bank=bank,
+        chain=_UNFITTED,
+        policy=_policy({"moderate": 1.0}, horizon),
+        fingerprint=fingerprint,
+        notes={
+            **notes,
+            "hazard": task.hazard,
+            "chosen": [best.row() for best in chosen],
+            "examples": {name: len(examples) for name, examples in parts.items()},
+        },
+    )
+    bundle = replace(bundle, chain=_fit_chain(bundle, choose, task.hazard))
+    progress("choose", 2, 2)
+
+    progress("calibrate", 0, 1)
+    recording = as_recording(bundle, calibrate)
+    safe = calibrate.tokens.response_labels[:, tokens.column(task.hazard)] == 0
+    longest = int(np.diff(recording.starts).max())
+    peaks = peak_risks(recording, rejudge(recording, bundle), max_tokens=longest)[safe]
+    promises = tiers_for_false_halts(
+        dict.fromkeys(false_halts, peaks),
+        ["benign"] * int(safe.sum()),
+        false_halts,
+        delta=1 - confidence,
+        max_tokens=longest,
+        calibration_set=calibration_set,
+    )
+    policy = _policy(
+        {tier: promise.threshold for tier, promise in promises.items()},
+        horizon,
+        Provenance(
+            calibration_set=calibration_set,
+            guarantee="; ".join(f"{t}: {promise.sentence}" for t, promise in promises.items()),
+            false_halts={tier: promise.promise(horizon) for tier, promise in promises.items()},
+        ),
+    )
+    progress("calibrate", 1, 1)
+    return Trained(bundle.with_policy(policy), compared, left_out)
+
+
+def _fit_all(
+    methods: Sequence[Method], learn: Source, task: Task, progress: Progress
+) -> tuple[list[ReadOut], dict[str, str]]:
+    read_outs: list[ReadOut] = []
+    left_out: dict[str, str] = {}
+    for done, method in enumerate(methods):
+        progress("train", done, len(methods))
+        try:
+            read_outs += method.fit(learn, task)
+        except MissingLabelsError as error:
+            left_out[method.name] = str(error)
+    progress("train", len(methods), len(methods))
+    if not read_outs:
+        raise TrainingDataError("; ".join(left_out.values()) or "no method given")
+    return read_outs, left_out
+
+
+def _chosen(compared: Sequence[Compared], hazard: str) -> list[Compared]:
+    """Pick the best that reads the response, and the best that reads the prompt if there is one."""
+    chosen = []
+    for reads in ("response", "prompt"):
+        of_these = [c for c in compared if c.read_out.probes[0].reads == reads]
+        if of_these:
+            chosen.append(of_these[0])
+        elif reads == "response":
+            raise TrainingDataError(
+                f"no read-out of the response could be trained for {hazard!r}, and a monitor needs "
+                "one; give examples with labelled responses"
+            )
+    return chosen
+
+
+def _as_log_odds(
+    best: Compared, logits: NDArray[np.float32], tokens: Tokens, hazard: str
+) -> list[Probe]:
+    """Platt-scale a read-out, so that the hazards of several probes can be combined.
+
+    Evidence that stays on the scale of the logits follows; one that counts or accumulates has
+    levels of its own, which say what an alarm is, and is left as it was trained.
+    """
+    head, *parts = best.read_out.probes
+    if head.evidence.rule not in _ON_THE_SCALE_OF_LOGITS:
+        return [head, *parts]
+    scores, labels = labels_at(logits, tokens, hazard, best.level)
+    scaling = platt(scores, labels)
+    return [scaling.folded_into(probe) for probe in (head, *parts)]
+
+
+def _fit_chain(bundle: Bundle, choose: Source, hazard: str) -> Chain:
+    """Fit the chain on the evidence of the streams that chose the probe.
+
+    A response that is known to be bad, but not where, is dated to its largest log-hazard.
+    """
+    tokens = choose.tokens
+    recording = as_recording(bundle, choose)
+    evidence = evidence_curves(recording, bundle).astype(np.float64)
+    center = bundle.bank.evidence_table().center.numpy()
+    hazards = np.logaddexp(0.0, evidence - center)
+    reads = np.array([probe.reads == "response" for probe in bundle.bank.heads])
+    column = tokens.column(hazard)
+    observed = []
+    for stream, outcome in enumerate(tokens.response_labels[:, column]):
+        rows = slice(int(recording.starts[stream]), int(recording.starts[stream + 1]))
+        response = recording.in_response[rows]
+        risk = hazards[rows][response][:, reads].sum(axis=1)
+        if outcome < 0 or not len(risk):
+            continue
+        shown = recording.labels[rows][response, column] == 1
+        if outcome and not shown.any():
+            shown[int(risk.argmax())] = True
+        prompt = hazards[rows][~response][-1:, ~reads].sum()
+        observed.append(ObservedStream(risk, np.maximum.accumulate(shown), True, float(prompt)))
+    if not any(stream.violated.any() for stream in observed):
+        raise TrainingDataError(f"{hazard!r}: no response to choose by shows it; give more that do")
+    risk = np.concatenate([stream.log_hazard for stream in observed])
+    violated = np.concatenate([stream.violated for stream in observed])
+    edges = np.concatenate(
+        [
+            np.quantile(risk[~violated], _CALM_QUANTILES),
+            np.quantile(risk[violated], _VIOLATED_QUANTILES),
+        ]
+    )
+    prompts = [stream.prompt_log_hazard for stream in observed]
+    prompt_edges = [] if reads.all() else np.unique(np.quantile(prompts, _PROMPT_QUANTILES))
+    return fit_by_counts(observed, np.unique(edges).tolist(), prompt_edges=list(prompt_edges))
+
+
+def as_recording(bundle: Bundle, source: Source) -> Recording:
+    """Score collected residuals with the bundle's probes, as serving would.
+
+    Special tokens around a plain text are left out, since serving scores none.
+    """
+    tokens = source.tokens
+    heads = [
+        ReadOut("", tuple(bundle.bank.probes[column] for column in columns))
+        for columns in bundle.bank.terms
+    ]
+    logits = read_logits(heads, source).T
+    kept = ~tokens.special
+    counts = np.add.reduceat(kept, tokens.starts[:-1])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    in_prompt = kept & ~tokens.in_response
+    return Recording(
+        bundle=bundle.hash,
+        probes=bundle.bank.names,
+        hazards=tokens.hazards,
+        streams=tokens.ids,
+        starts=starts,
+        prompt_tokens=np.add.reduceat(in_prompt, tokens.starts[:-1]).astype(np.int32),
+        ended=np.ones(len(tokens), dtype=bool),
+        position=(np.arange(starts[-1]) - np.repeat(starts[:-1], counts)).astype(np.int32),
+        logits=np.ascontiguousarray(logits[kept]),
+        labels=tokens.labels[kept],
+        response_labels=tokens.response_labels,
+        characters=None,
+        texts=None,
+        columns={},
+        probes_hash=probes_hash(bundle.bank),
+    )
+
+
+def _policy(
+    levels: Mapping[TierName, float], horizon: int, provenance: Provenance | None = None
+) -> Policy:
+    names = list(levels)
+    default: TierName = "moderate" if "moderate" in levels else names[0]
+    return Policy(
+        tiers={name: Thresholds(horizon=horizon, halt_at=level) for name, level in levels.items()},
+        default_tier=default,
+        loosest_tier=names[-1],
+        provenance=provenance or Provenance(),
+    )
