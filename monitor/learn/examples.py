@@ -110,4 +110,13 @@ class Example(_Strict):
         return self
 
 
+def group_of(example: Example) -> str:
+    """Group of an example: as given, else the text of its conversation, else its id."""
+    if example.group is not None:
+        return example.group
+    if example.messages:
+        return "\n".join(f"{message.role}: {message.content}" for message in example.messages)
+    return example.id
+
+
 Level = Literal["token", "response", "prompt"]
