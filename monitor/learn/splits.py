@@ -241,7 +241,7 @@ def _dealt(
 def _missing(name: str, lacking: Class, groups: int, splits: int) -> SplitError:
     level, hazard, label = lacking
     return SplitError(
-        f"split {name!r} has no example whose {level} has {hazard!r} {str(label).lower()}: only "
+        f"split {name!r} has no example whose {level} has {hazard!r} {str(label).lower()}: "
         f"{groups} groups have one, for {splits} splits; give more of them, ask for fewer splits, "
         "or leave this label out"
     )
