@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from midstream.evidence import Last, Mean
-from midstream.learn.methods.checks import labels_of, probe_name
+from midstream.evidence import Mean
+from midstream.learn.methods.checks import joined, labels_of, probe_name
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.moments import Moments, class_moments
 from midstream.learn.methods.units import (
@@ -65,8 +65,8 @@ class HARC:
     direction: +1/2 at the mean of the harmful (refusing) responses, -1/2 at that of the helpful. It
     is averaged over 32 tokens. The facts have the ``score`` of every tap.
 
-    All taps of the source are candidates. The paper leaves out the first and the last four layers:
-    so collect without them, or a model with fewer than nine would have none.
+    All taps of the source are candidates. The paper leaves out the first four and the last four
+    layers, which would leave none of a small model: collect without them where there are enough.
 
     Cost: three passes, O(tokens x d) a tap; memory O(d) a tap.
 
@@ -156,26 +156,21 @@ class HARC:
         moments: dict[Tap, Moments],
         facts: dict[str, float],
     ) -> ReadOut:
-        name = probe_name(hazard, method)
-        probes = []
+        parts = []
         for tap in taps:
             helpful, other = moments[tap].mean[HELPFUL], moments[tap].mean[of_class]
             direction = other - helpful
-            middle = (other + helpful) / 2
-            weight = direction / (direction.square().sum() * len(taps))
-            first = not probes
-            probes.append(
-                Probe(
-                    name if first else probe_name(hazard, method, tap),
+            parts.append(
+                Probe.folded(
+                    probe_name(hazard, method, tap),
                     hazard,
                     tap,
-                    weight,
-                    -float(weight @ middle),
-                    evidence=Mean(window=RESPONSE_WINDOW) if first else Last(),
-                    adds_to=None if first else name,
+                    direction / (direction.square().sum() * len(taps)),
+                    mean=(other + helpful) / 2,
+                    evidence=Mean(window=RESPONSE_WINDOW),
                 )
             )
-        return ReadOut(method, tuple(probes), facts)
+        return ReadOut(method, joined(hazard, method, parts), facts)
 
 
 def _cos(a: Tensor, b: Tensor) -> float:

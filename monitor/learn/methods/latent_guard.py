@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from midstream.learn.methods.checks import labels_of, probe_name, require_classes
+from midstream.learn.methods.checks import joined, labels_of, probe_name, require_classes
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.units import (
     Units,
@@ -104,23 +104,20 @@ class LatentGuard:
         return [ReadOut(r.method, r.probes, facts(r)) for r in found]
 
     def _guard(self, task: Task, inst: dict[Tap, Tensor], of_class: NDArray[np.int64]) -> ReadOut:
-        name = probe_name(task.hazard, self.name)
-        probes = []
+        parts = []
         for tap, hidden in inst.items():
             safe, harm = _centroids(hidden, of_class)
-            width = hidden.shape[1]
-            probes.append(
+            parts.append(
                 Probe(
-                    name if not probes else probe_name(task.hazard, self.name, tap),
+                    probe_name(task.hazard, self.name, tap),
                     task.hazard,
                     tap,
-                    (harm / harm.norm() - safe / safe.norm()) / (len(inst) * width**0.5),
+                    (harm / harm.norm() - safe / safe.norm()) / (len(inst) * len(harm) ** 0.5),
                     norm="rms",
                     reads="prompt",
-                    adds_to=name if probes else None,
                 )
             )
-        return ReadOut(self.name, tuple(probes))
+        return ReadOut(self.name, joined(task.hazard, self.name, parts))
 
 
 def _classes(

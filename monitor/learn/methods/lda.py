@@ -44,11 +44,7 @@ class LDA:
         """Fit one probe per tap; see `Method`. The facts have the ``shrinkage``."""
         units = units_of(self.name, source.tokens, task.hazard, self.level)
         moments = class_moments(self.name, source, units, scatter=True)
-        # A constant feature has no variance to divide by; its scale does not matter.
-        scales = {
-            tap: torch.where((s := m.covariance.diagonal().sqrt()) > 0, s, 1.0)
-            for tap, m in moments.items()
-        }
+        scales = {tap: of_tap.deviation for tap, of_tap in moments.items()}
         fourth = self._fourth_powers(source, units, moments, scales)
         reads, evidence = SERVED[self.level]
         found = []

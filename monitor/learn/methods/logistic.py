@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from midstream.evidence import Evidence, Last
 from midstream.learn.examples import Level
-from midstream.learn.methods.checks import probe_name
+from midstream.learn.methods.checks import joined, probe_name
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.units import SERVED, gather_units, units_of
 from midstream.learn.tokens import Source
@@ -99,29 +99,23 @@ class JointLogistic(Logistic):
             self.balanced,
         )
         reads, evidence = SERVED[self.level]
-        name = probe_name(task.hazard, self.name)
-        first, *others = (
-            Probe.folded(
-                probe_name(task.hazard, self.name, tap),
-                task.hazard,
-                tap,
-                fitted.weight[part],
-                mean=fitted.mean[part],
-                scale=fitted.scale[part],
-                reads=reads,
+        parts = []
+        for index, tap in enumerate(source.taps):
+            columns = slice(index * source.width, (index + 1) * source.width)
+            parts.append(
+                Probe.folded(
+                    probe_name(task.hazard, self.name, tap),
+                    task.hazard,
+                    tap,
+                    fitted.weight[columns],
+                    0.0 if index else fitted.bias,
+                    mean=fitted.mean[columns],
+                    scale=fitted.scale[columns],
+                    reads=reads,
+                    evidence=evidence,
+                )
             )
-            for index, tap in enumerate(source.taps)
-            for part in [slice(index * source.width, (index + 1) * source.width)]
-        )
-        return [
-            ReadOut(
-                self.name,
-                (
-                    replace(first, name=name, bias=first.bias + fitted.bias, evidence=evidence),
-                    *(replace(probe, adds_to=name) for probe in others),
-                ),
-            )
-        ]
+        return [ReadOut(self.name, joined(task.hazard, self.name, parts))]
 
 
 def fit_logistic(

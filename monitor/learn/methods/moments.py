@@ -34,6 +34,12 @@ class Moments:
         """Within-class covariance, maximum likelihood, [d, d]."""
         return self.scatter / self.count.sum()
 
+    @property
+    def deviation(self) -> Tensor:
+        """Within-class standard deviation, [d]; 1 for a constant feature, whose scale is free."""
+        deviation = self.covariance.diagonal().sqrt()
+        return torch.where(deviation > 0, deviation, 1.0)
+
 
 def class_moments(
     method: str, source: Source, units: Units, *, scatter: bool = False
