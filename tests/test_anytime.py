@@ -302,7 +302,7 @@ def halted_share_of_safe(chain, rng, streams, alpha, sticky):
 DRIFTING = Chain(
     transition=[[0.97, 0.03, 0.0], [0.0, 0.9, 0.1], [0.0, 0.0, 1.0]],
     ending=[0.04, 0.04, 0.04],
-    emission=[[0.6, 0.4], [0.3, 0.7], [0.3, 0.7]],
+    emission=[[0.6, 0.4], [0.2, 0.8], [0.2, 0.8]],
     edges=[1.0],
     prior=[1.0, 0.0, 0.0],
     prompt_emission=[[1.0], [1.0], [1.0]],
@@ -312,11 +312,11 @@ DRIFTING = Chain(
 
 def test_bound_holds_where_the_chain_is_right_and_breaks_where_tokens_have_more_memory():
     rng = np.random.default_rng(fresh_seed())
-    alpha = 0.1
+    alpha = 0.05
     halts, safe = halted_share_of_safe(DRIFTING, rng, 600, alpha, sticky=0.0)
     assert above(halts, safe, alpha) > ALARM
-    halts, safe = halted_share_of_safe(DRIFTING, rng, 400, alpha, sticky=0.9)
-    assert halts / safe > 2 * alpha
+    halts, safe = halted_share_of_safe(DRIFTING, rng, 400, alpha, sticky=0.95)
+    assert above(halts, safe, alpha) < 1e-3  # about a quarter is halted
 
 
 def test_chance_of_violation_by_hand():
