@@ -119,11 +119,55 @@ class OnHalt(_Strict):
     message: str | None = None
 
 
+class FalseHaltBound(_Strict):
+    """What is promised about false halts of one tier (see `midstream.learn.guarantee`).
+
+    Attributes
+    ----------
+    method : {"learn-then-test", "conformal risk control"}
+    halt_at, horizon
+        The thresholds it was given for. It still holds with a higher level and a shorter horizon.
+    bound : float
+        Share of safe responses that are halted, at most, with ``confidence`` over the draw of the
+        calibration set.
+    confidence : float
+    mean_bound : float, optional
+        The same on average over calibration sets, where the method bounds that.
+    responses : int
+        Safe responses it was calibrated on.
+    max_tokens : int
+        Longest response it speaks of.
+    """
+
+    method: Literal["learn-then-test", "conformal risk control"]
+    halt_at: Probability
+    horizon: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
+    bound: Probability
+    confidence: Probability
+    mean_bound: Probability | None = None
+    responses: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
+    max_tokens: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
+
+    def covers(self, thresholds: Thresholds) -> bool:
+        """Whether it holds for these: as fp32, which is how the kernels compare."""
+        level, promised = torch.tensor([thresholds.halt_at, self.halt_at], dtype=torch.float32)
+        return bool(level >= promised) and thresholds.horizon <= self.horizon
+
+
 class Provenance(_Strict):
-    """Where the thresholds come from, and what they promise."""
+    """Where the thresholds come from, and what they promise.
+
+    Attributes
+    ----------
+    calibration_set, guarantee : str
+        In words.
+    false_halts : mapping of tier name to FalseHaltBound, optional
+        In numbers. A policy whose thresholds halt more than was promised is refused.
+    """
 
     calibration_set: str = "none"
     guarantee: str = "none: the thresholds were chosen by hand"
+    false_halts: dict[TierName, FalseHaltBound] | None = None
 
 
 class Policy(_Strict):
@@ -188,6 +232,7 @@ class Policy(_Strict):
                     f"for just the tiers there are, {', '.join(self.tiers)}"
                 )
             self._check_order(f"segments.{segment}", tiers)
+        self._check_promises()
         return self
 
     @staticmethod
@@ -198,6 +243,21 @@ class Policy(_Strict):
                     f"{key}.{stricter}: can be milder than {looser}; give it no shorter horizon "
                     "and no higher halt_at, hold_at or release_at"
                 )
+
+    def _check_promises(self) -> None:
+        for name, promise in (self.provenance.false_halts or {}).items():
+            key = f"provenance.false_halts.{name}"
+            if name not in self.tiers:
+                raise ValueError(f"{key}: {self._no_tier(name)}")
+            places = {"tiers": self.tiers}
+            places |= {f"segments.{segment}": tiers for segment, tiers in self.segments.items()}
+            for place, tiers in places.items():
+                if not promise.covers(tiers[name]):
+                    raise ValueError(
+                        f"{key}: holds for halt_at {promise.halt_at} or above and a horizon of "
+                        f"{promise.horizon} or less; {place}.{name} has {tiers[name].halt_at} and "
+                        f"{tiers[name].horizon}. Calibrate again, or remove the promise"
+                    )
 
     @property
     def loosest(self) -> TierName:
