@@ -106,7 +106,7 @@ class ForwardPass:
 
         def keep(tap: Tap, hidden: Tensor) -> None:
             # Nothing here waits for an accelerator; what it holds is of the smaller dtype.
-            rows = hidden.flatten(0, 1)[real.to(hidden.device)]
+            rows = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
             held[tap] = (rows.to(out.dtype), *rows.aminmax())
 
         with attach_taps(self._model, self.taps, keep):
