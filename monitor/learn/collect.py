@@ -22,7 +22,7 @@ from midstream.fingerprint import Fingerprint
 from midstream.learn import collection
 from midstream.learn.activations import Activations, chunked
 from midstream.learn.collection import DTYPES, CollectionError, DType, Manifest, Shard
-from midstream.learn.forward import BATCH_TOKENS, ForwardPass
+from midstream.learn.forward import BATCH_TOKENS, ForwardPass, TokenIds
 from midstream.learn.tokens import Tokens
 from midstream.taps import Tap
 
@@ -35,7 +35,7 @@ SHARD_BYTES = 1 << 27
 def collect(
     model: Any,
     tokenizer: Any,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[TokenIds],
     tokens: Tokens,
     taps: Sequence[Tap],
     folder: str | Path,
@@ -231,7 +231,7 @@ def _begun(folder: Path, manifest: Manifest, encoded: bytes) -> Iterator[Manifes
         os.close(descriptor)
 
 
-def _check_tokens(sequences: Sequence[Sequence[int]], tokens: Tokens) -> None:
+def _check_tokens(sequences: Sequence[TokenIds], tokens: Tokens) -> None:
     if not tokens.starts[-1]:
         raise CollectionError("nothing to collect: the data has no tokens")
     lengths = np.diff(tokens.starts)
@@ -257,7 +257,7 @@ def _gigabytes(count: int) -> str:
 
 def residuals(
     model: Any,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[TokenIds],
     taps: Sequence[Tap],
     *,
     batch_tokens: int = BATCH_TOKENS,

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from midstream.fingerprint import Fingerprint, Sha256
+from midstream.learn.forward import TokenIds
 from midstream.learn.tokens import Tokens
 from midstream.taps import Tap
 
@@ -235,7 +236,7 @@ def read_tokens(folder: Path) -> Tokens:
     return Tokens(**fields)
 
 
-def hash_data(sequences: Sequence[Sequence[int]], tokens: Tokens) -> str:
+def hash_data(sequences: Sequence[TokenIds], tokens: Tokens) -> str:
     """Sha256 of what is fed and of all that is known about it."""
     digest = hashlib.sha256()
     for sequence in sequences:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from midstream.learn.tokens import TrainingDataError
-from midstream.taps import Tap, attach_taps, hidden_size
+from midstream.taps import Tap, UnreadableModelError, attach_taps, hidden_size
+
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 BATCH_TOKENS = 4096
 
@@ -33,14 +35,16 @@ class ForwardPass:
     Raises
     ------
     TrainingDataError
-        For a model in training mode, and for a sequence that the model cannot take: longer than its
-        window, or with an id that it has no embedding for.
+        For taps that are not there or given twice, a model in training mode, and a sequence that
+        the model cannot take: longer than its window, or with an id that it has no embedding for.
+    UnreadableModelError
+        If the model's residual stream cannot be read at a tap.
     """
 
     def __init__(
         self,
         model: Any,
-        sequences: Sequence[Sequence[int]],
+        sequences: Sequence[TokenIds],
         ids: Sequence[str],
         taps: Sequence[Tap],
         *,
@@ -52,6 +56,12 @@ class ForwardPass:
             raise TrainingDataError(f"batch_tokens is {batch_tokens}: give at least 1")
         if model.training:
             raise TrainingDataError("the model is in training mode: call model.eval() first")
+        try:
+            attach_taps(model, taps, lambda tap, hidden: None).remove()
+        except UnreadableModelError:
+            raise
+        except ValueError as error:
+            raise TrainingDataError(str(error)) from error
         self.taps = tuple(taps)
         self.width = hidden_size(model)
         self._model, self._ids, self._batch_tokens = model, ids, batch_tokens

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from midstream.learn.activations import CHUNK_BYTES, Indices, chunked, rows_of
-from midstream.learn.forward import BATCH_TOKENS, ForwardPass
+from midstream.learn.forward import BATCH_TOKENS, ForwardPass, TokenIds
 from midstream.learn.tokens import Chunk, Tokens
 from midstream.taps import Tap
 
@@ -41,7 +41,7 @@ class Live:
     def __init__(
         self,
         model: Any,
-        sequences: Sequence[Sequence[int]],
+        sequences: Sequence[TokenIds],
         tokens: Tokens,
         taps: Sequence[Tap],
         *,
