@@ -102,10 +102,10 @@ def test_the_three_sources_hold_the_same(tmp_path: Path) -> None:
         tokens,
         {tap: torch.from_numpy(np.concatenate(rows)) for tap, rows in
          residuals(toy.model(), sequences, TAPS).items()},
-        chunk_bytes=1 << 16,
+        chunk_bytes=100_000,
     )  # fmt: skip
-    disk = Activations.open(tmp_path / "c", chunk_bytes=1 << 16)
-    live = Live(toy.model(), sequences, tokens, TAPS, batch_tokens=64, chunk_bytes=1 << 16)
+    disk = Activations.open(tmp_path / "c", chunk_bytes=100_000)
+    live = Live(toy.model(), sequences, tokens, TAPS, batch_tokens=64, chunk_bytes=100_000)
     chosen = np.random.default_rng(seed).permutation(50)[:23]
     reference = flat(memory)
     wanted = tokens.labels[:, 0] == 1
@@ -193,6 +193,33 @@ def test_batches_hold_every_sequence_once_and_little_padding() -> None:
     assert max(sizes) <= 4096
     assert sum(sizes) < 1.05 * lengths.sum()
     assert [len(batch) for batch in batches(np.array([50, 3, 50]), 10)] == [1, 1, 1]
+
+
+def test_selecting_tokens_keeps_what_belongs_to_each_example() -> None:
+    random = np.random.default_rng(fresh_seed())
+    sequences: list[list[int]] = [[5] * n for n in random.integers(0, 6, 40)]
+    tokens = collecting.tokens_of(sequences, random)
+    spans = []  # several per example, not sorted by place
+    for example in random.permutation(40):
+        begin, end = tokens.starts[example : example + 2]
+        for _ in range(int(random.integers(0, 4)) if end > begin else 0):
+            first = int(random.integers(begin, end))
+            spans.append((int(random.integers(2)), first, int(random.integers(first, end)) + 1))
+    tokens = dataclasses.replace(tokens, spans=np.array(spans))
+    for chosen in (random.permutation(40)[:25], np.array([3, 3, 0]), np.empty(0, dtype=np.int64)):
+        part = tokens.select(chosen)
+        assert len(part) == len(chosen)
+        moved = []
+        for index, example in enumerate(chosen):
+            begin, end = tokens.starts[example : example + 2]
+            mine = slice(*part.starts[index : index + 2])
+            assert np.array_equal(part.labels[mine], tokens.labels[begin:end])
+            assert part.ids[index] == tokens.ids[example]
+            assert np.array_equal(part.contrast[index], tokens.contrast[example])
+            shift = part.starts[index] - begin
+            moved += [(h, f + shift, e + shift) for h, f, e in spans if begin <= f < end]
+        assert part.spans.tolist() == [list(span) for span in moved]
+        assert part.spans.shape == (len(moved), 3)
 
 
 # ---- the folder ----------------------------------------------------------------------------------

@@ -64,14 +64,14 @@ class InMemory:
         """Every example once: in order, or shuffled by ``seed``."""
         bytes_per_token = 4 * self.width * len(self.taps)
         for examples in chunked(self.tokens, self.chunk_bytes // bytes_per_token, seed):
-            rows = rows_of(self.tokens, examples)
+            rows = self.tokens.rows(examples)
             yield Chunk(
                 examples, rows, {tap: values[rows].float() for tap, values in self._hidden.items()}
             )
 
     def select(self, examples: Sequence[int] | Indices) -> Self:
         """Return the same for some of the examples, in the order given."""
-        rows = rows_of(self.tokens, np.asarray(examples, dtype=np.int64))
+        rows = self.tokens.rows(examples)
         return type(self)(
             self.tokens.select(examples),
             {tap: values[rows] for tap, values in self._hidden.items()},
@@ -162,7 +162,7 @@ class Activations:
         mapped: dict[int, dict[Tap, Tensor]] = {}
         bytes_per_token = 4 * self.width * len(self.taps)
         for examples in chunked(self.tokens, self.chunk_bytes // bytes_per_token, seed):
-            rows = rows_of(self.tokens, examples)
+            rows = self.tokens.rows(examples)
             hidden = {tap: torch.empty(len(rows), self.width) for tap in self.taps}
             stored = self._examples[examples]
             shards = np.searchsorted(ends, stored, side="right")
@@ -216,13 +216,3 @@ def chunked(tokens: Tokens, chunk_tokens: int, seed: int | None = None) -> Itera
         end = max(begin + 1, int(np.searchsorted(ends, before + chunk_tokens, side="right")))
         yield order[begin:end]
         begin = end
-
-
-def rows_of(tokens: Tokens, examples: Indices) -> Indices:
-    """Rows of the examples, one example after the other."""
-    lengths = np.diff(tokens.starts)[examples]
-    ends = np.cumsum(lengths)
-    rows: Indices = np.arange(lengths.sum()) + np.repeat(
-        tokens.starts[:-1][examples] - (ends - lengths), lengths
-    )
-    return rows

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from midstream.learn.activations import CHUNK_BYTES, Indices, chunked, rows_of
+from midstream.learn.activations import CHUNK_BYTES, Indices, chunked
 from midstream.learn.forward import BATCH_TOKENS, ForwardPass, TokenIds
 from midstream.learn.tokens import Chunk, Tokens
 from midstream.taps import Tap
@@ -75,7 +75,7 @@ class Live:
         """
         bytes_per_token = 4 * self.width * len(self.taps)
         for examples in chunked(self.tokens, self.chunk_bytes // bytes_per_token, seed):
-            rows = rows_of(self.tokens, examples)
+            rows = self.tokens.rows(examples)
             out = torch.empty(len(self.taps), len(rows), self.width)
             self._forward.read_into(out, self._examples[examples])
             yield Chunk(examples, rows, dict(zip(self.taps, out, strict=True)))
