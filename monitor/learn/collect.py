@@ -53,8 +53,8 @@ def collect(
     without the interruption. At most the two newest shards are lost. On a complete collection it
     does nothing.
 
-    Let a token take ``b = taps * d * bytes of dtype``. Beside the model, its forward pass and the
-    labels, the memory in use is at most::
+    Let a token take ``b = taps * d * bytes of dtype``. Beside the model, its forward pass, the
+    token ids and their labels, the memory in use is at most::
 
         2 * max(shard_bytes, longest * b)                      a shard is filled, one is written
         + max(batch_tokens, longest) * (b + 8 * d)             what the hooks of a batch hold
