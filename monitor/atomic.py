@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -51,6 +51,37 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(target.parent)
+
+
+def replace_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file, which appears under its name in one rename, on the disk; replaces an older one.
+
+    A process killed before the rename leaves at most ``NAME.partial``, which the next call writes
+    over; any other failure leaves nothing. No two processes may write one file at a time.
+
+    Parameters
+    ----------
+    path
+    parts
+        Its content, one part after the other.
+
+    Raises
+    ------
+    OSError
+        If the disk refuses.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 def _refuse_existing(target: Path) -> None:

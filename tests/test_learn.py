@@ -42,9 +42,9 @@ def test_one_sequence_equals_output_hidden_states_exactly() -> None:
         compare({tap: rows[0] for tap, rows in found.items()}, sequence, 0.0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 32])
-def test_padding_and_sorting_change_neither_values_nor_order(batch_size: int) -> None:
-    found = residuals(toy.model(), SEQUENCES, TAPS, batch_size=batch_size)
+@pytest.mark.parametrize("batch_tokens", [1, 8, 14, 4096])
+def test_padding_and_sorting_change_neither_values_nor_order(batch_tokens: int) -> None:
+    found = residuals(toy.model(), SEQUENCES, TAPS, batch_tokens=batch_tokens)
     assert list(found) == TAPS
     for index, sequence in enumerate(SEQUENCES):
         compare({tap: found[tap][index] for tap in TAPS}, sequence, 2e-6)
@@ -57,10 +57,11 @@ def test_collecting_reports_progress_and_leaves_no_hooks() -> None:
         model,
         SEQUENCES,
         TAPS,
-        batch_size=4,
+        batch_tokens=14,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(4, 6), (6, 6)]
+    # Two of 7 and 6 tokens; four of 3, 2, 2 and 1.
+    assert seen == [(13, 21), (21, 21)]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert residuals(model, [], TAPS) == {tap: [] for tap in TAPS}
 

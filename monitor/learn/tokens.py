@@ -88,20 +88,23 @@ class Tokens:
         """Whether each row is a token of the response, [N]; special tokens count as such."""
         return self.position >= np.repeat(self.prompt_tokens, np.diff(self.starts))
 
+    def rows(self, examples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of some of the examples, one example after the other."""
+        chosen = np.asarray(examples, dtype=np.int64)
+        ends = np.concatenate([[0], np.cumsum(np.diff(self.starts)[chosen])])
+        return _within(self.starts[chosen], ends)
+
     def select(self, examples: Sequence[int] | NDArray[np.int64]) -> Self:
         """Return the same for some of the examples, in the order given."""
         chosen = np.asarray(examples, dtype=np.int64)
-        lengths = np.diff(self.starts)[chosen]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        rows = np.concatenate(
-            [np.arange(self.starts[e], self.starts[e + 1]) for e in chosen] or [np.empty(0, int)]
-        )
-        spans = [
-            self.spans[inside] + [0, to - begin, to - begin]
-            for e, to in zip(chosen, starts[:-1], strict=True)
-            for begin in [self.starts[e]]
-            for inside in [(self.spans[:, 1] >= begin) & (self.spans[:, 1] < self.starts[e + 1])]
-        ]
+        starts = np.concatenate([[0], np.cumsum(np.diff(self.starts)[chosen])])
+        # Spans by example; those of one stay in their order.
+        owner = np.searchsorted(self.starts, self.spans[:, 1], side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        first = np.searchsorted(owner[order], chosen, side="left")
+        count = np.searchsorted(owner[order], chosen, side="right") - first
+        spans = self.spans[order[_within(first, np.concatenate([[0], np.cumsum(count)]))]]
+        spans[:, 1:] += np.repeat(starts[:-1] - self.starts[chosen], count)[:, None]
         return type(self)(
             hazards=self.hazards,
             ids=tuple(self.ids[e] for e in chosen),
@@ -109,12 +112,18 @@ class Tokens:
             starts=starts,
             prompt_tokens=self.prompt_tokens[chosen],
             instruction_end=self.instruction_end[chosen],
-            labels=self.labels[rows],
+            labels=self.labels[self.rows(chosen)],
             response_labels=self.response_labels[chosen],
             prompt_labels=self.prompt_labels[chosen],
-            spans=np.concatenate(spans) if spans else self.spans[:0],
+            spans=spans,
             contrast=self.contrast[chosen],
         )
+
+
+def _within(first: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each i in turn the numbers from ``first[i]``, ``ends[i + 1] - ends[i]`` of them."""
+    counted: NDArray[np.int64] = np.arange(ends[-1]) + np.repeat(first - ends[:-1], np.diff(ends))
+    return counted
 
 
 @dataclass(frozen=True)
