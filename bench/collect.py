@@ -49,6 +49,7 @@ def data(count: int, seed: int = 0) -> tuple[list[tuple[int, ...]], Tokens]:
         starts=np.cumsum([0, *map(len, sequences)]),
         prompt_tokens=np.zeros(len(sequences), dtype=np.int32),
         instruction_end=np.full(len(sequences), -1, dtype=np.int32),
+        special=np.zeros(total, dtype=bool),
         labels=np.full((total, 1), -1, dtype=np.int8),
         response_labels=unknown,
         prompt_labels=unknown,

@@ -103,9 +103,7 @@ def main(
             model, tokenizer, [e.ids for e in encoded], table, TAPS, Path(folder) / "collection"
         )
         collected = time.perf_counter() - begin
-        learn, judge = (
-            data.select(part) for part in np.split(np.arange(len(encoded)), [half])
-        )
+        learn, judge = (data.select(part) for part in np.split(np.arange(len(encoded)), [half]))
         rows, best, seconds, left_out = [], {}, {}, {}
         for hazard in (NOW, SOON):
             read_outs = []

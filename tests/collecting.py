@@ -40,6 +40,7 @@ def tokens_of(sequences: Sequence[Sequence[int]], random: np.random.Generator) -
         starts=starts,
         prompt_tokens=random.integers(0, 3, count).astype(np.int32),
         instruction_end=random.integers(-1, 3, count).astype(np.int32),
+        special=random.random(total) < 0.1,
         labels=random.integers(-1, 2, (total, 2)).astype(np.int8),
         response_labels=random.integers(-1, 2, (count, 2)).astype(np.int8),
         prompt_labels=random.integers(-1, 2, (count, 2)).astype(np.int8),

@@ -61,6 +61,7 @@ def make_tokens(random: np.random.Generator, examples: int = 60, **changed: Any)
         "starts": starts,
         "prompt_tokens": prompt,
         "instruction_end": (prompt - 1 - random.integers(0, 3, examples)).astype(np.int32),
+        "special": np.zeros(len(labels), dtype=bool),
         "labels": labels,
         "response_labels": random.permutation(sides),
         "prompt_labels": random.permutation(sides),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from midstream.commands.options import progress_bar
 from midstream.policy import TIERS, TierName
 
 

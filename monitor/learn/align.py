@@ -208,6 +208,7 @@ def tabulate(encoded: Sequence[Encoded]) -> Tokens:
         starts=starts.astype(np.int64),
         prompt_tokens=np.array([one.prompt_tokens for one in encoded], np.int32),
         instruction_end=np.array([one.instruction_end for one in encoded], np.int32),
+        special=np.concatenate([one.special for one in encoded]),
         labels=np.concatenate([one.labels for one in encoded]),
         response_labels=np.stack([one.response_labels for one in encoded]),
         prompt_labels=np.stack([one.prompt_labels for one in encoded]),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midstream.learn.examples import Example, conversation_of, group_of
+from midstream.learn.tokens import UNKNOWN, Tokens
 
 SIMILAR = 0.8
 """Jaccard similarity of two texts from which on they are near-duplicates."""
@@ -87,7 +88,39 @@ def split(
             f"{len(shares)} splits need at least one each; give more prompts, ask for fewer "
             f"splits, or raise similar={similar} if texts were joined that are no copies"
         )
-    return _dealt(examples, groups, shares, seed)
+    return _dealt(_classes(examples), groups, shares, seed)
+
+
+def split_tokens(tokens: Tokens, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    """Split collected examples by the groups they were collected with (see `grouped`).
+
+    Parameters, result and errors as for `split`.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for at, group in enumerate(tokens.groups):
+        members[group].append(at)
+    known: list[set[Class]] = []
+    for response, prompt in zip(tokens.response_labels, tokens.prompt_labels, strict=True):
+        levels = {"response": response, "prompt": prompt}
+        known.append(
+            {
+                (level, hazard, bool(label))
+                for level, labels in levels.items()
+                for hazard, label in zip(tokens.hazards, labels, strict=True)
+                if label != UNKNOWN
+            }
+        )
+    return _dealt(known, list(members.values()), shares, seed)
+
+
+def grouped(examples: Sequence[Example], similar: float = SIMILAR) -> list[Example]:
+    """Give all examples that must stay together one group, named after the first of them."""
+    found = list(examples)
+    for members in merged_groups(examples, similar):
+        group = group_of(examples[members[0]])
+        for at in members:
+            found[at] = found[at].model_copy(update={"group": group})
+    return found
 
 
 def merged_groups(examples: Sequence[Example], similar: float = SIMILAR) -> list[list[int]]:
@@ -199,13 +232,12 @@ def _classes(examples: Sequence[Example]) -> list[set[Class]]:
 
 
 def _dealt(
-    examples: Sequence[Example],
+    known: Sequence[set[Class]],
     groups: list[list[int]],
     shares: Mapping[str, float],
     seed: int,
 ) -> dict[str, list[int]]:
     """Deal groups to splits, each to where its examples and labels are needed most."""
-    known = _classes(examples)
     classes = sorted(set().union(*known))
     column = {each: at for at, each in enumerate(classes, start=1)}
     counts = np.zeros((len(groups), 1 + len(classes)))

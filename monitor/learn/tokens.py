@@ -20,6 +20,10 @@ class TrainingDataError(ValueError):
     """The data cannot teach what was asked; the message says what is missing and what to do."""
 
 
+class MissingLabelsError(TrainingDataError):
+    """A method's labels are not there, or of one class alone; another method may do without."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Labels of N fed tokens of E examples.
@@ -39,6 +43,9 @@ class Tokens:
         Tokens before the response.
     instruction_end : int32 [E]
         Position of the last token of the last user message's content; -1 where there is none.
+    special : bool [N]
+        Tokens that the tokenizer puts around a plain text, such as [CLS]. Serving never scores
+        them.
     labels : int8 [N, H]
         1, 0 or `UNKNOWN`. Prompt and special tokens are unknown.
     response_labels, prompt_labels : int8 [E, H]
@@ -55,6 +62,7 @@ class Tokens:
     starts: NDArray[np.int64]
     prompt_tokens: NDArray[np.int32]
     instruction_end: NDArray[np.int32]
+    special: NDArray[np.bool_]
     labels: NDArray[np.int8]
     response_labels: NDArray[np.int8]
     prompt_labels: NDArray[np.int8]
@@ -85,8 +93,9 @@ class Tokens:
 
     @property
     def in_response(self) -> NDArray[np.bool_]:
-        """Whether each row is a token of the response, [N]; special tokens count as such."""
-        return self.position >= np.repeat(self.prompt_tokens, np.diff(self.starts))
+        """Whether each row is a token of the response, [N]."""
+        after = self.position >= np.repeat(self.prompt_tokens, np.diff(self.starts))
+        return after & ~self.special
 
     def rows(self, examples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of some of the examples, one example after the other."""
@@ -112,6 +121,7 @@ class Tokens:
             starts=starts,
             prompt_tokens=self.prompt_tokens[chosen],
             instruction_end=self.instruction_end[chosen],
+            special=self.special[self.rows(chosen)],
             labels=self.labels[self.rows(chosen)],
             response_labels=self.response_labels[chosen],
             prompt_labels=self.prompt_labels[chosen],

@@ -21,9 +21,9 @@ from midstream.learn.calibrate import platt
 from midstream.learn.compare import Compared, compare, labels_at, read_logits
 from midstream.learn.guarantee import peak_risks
 from midstream.learn.methods.method import Method, ReadOut, Task
-from midstream.learn.splits import split_groups
+from midstream.learn.splits import split_tokens
 from midstream.learn.tiers import tiers_for_false_halts
-from midstream.learn.tokens import Source, Tokens, TrainingDataError
+from midstream.learn.tokens import MissingLabelsError, Source, Tokens, TrainingDataError
 from midstream.measure.evidence import evidence_curves
 from midstream.measure.recording import Recording, probes_hash
 from midstream.measure.rejudge import rejudge
@@ -125,8 +125,11 @@ def train(
         When there are too few safe responses to calibrate with; it says how many more it takes.
     """
     tokens = data.tokens
-    outcome = tokens.response_labels[:, tokens.column(task.hazard)]
-    parts = split_groups(tokens.groups, outcome, SHARES, task.seed)
+    column = tokens.column(task.hazard)
+    parts = {
+        name: np.array(examples)
+        for name, examples in split_tokens(tokens, SHARES, task.seed).items()
+    }
     learn, choose, calibrate = (data.select(parts[name]) for name in SHARES)
 
     read_outs, left_out = _fit_all(methods, learn, task, progress)
@@ -157,7 +160,7 @@ def train(
 
     progress("calibrate", 0, 1)
     recording = as_recording(bundle, calibrate)
-    safe = calibrate.tokens.response_labels[:, tokens.column(task.hazard)] == 0
+    safe = calibrate.tokens.response_labels[:, column] == 0
     longest = int(np.diff(recording.starts).max())
     peaks = peak_risks(recording, rejudge(recording, bundle), max_tokens=longest)[safe]
     promises = tiers_for_false_halts(

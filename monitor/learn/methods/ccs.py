@@ -28,7 +28,7 @@ from torch.nn.functional import binary_cross_entropy
 from midstream.learn.methods.checks import probe_name
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.units import Units, gather_units
-from midstream.learn.tokens import UNKNOWN, Source, Tokens, TrainingDataError
+from midstream.learn.tokens import UNKNOWN, MissingLabelsError, Source, Tokens, TrainingDataError
 from midstream.probe import Probe, Reads
 
 
@@ -72,7 +72,7 @@ class CCS:
         reads = _reads(self.name, tokens, pairs)
         opposites = _opposites(tokens, pairs)
         if self._polar and 2 * len(opposites) != len(pairs):
-            raise TrainingDataError(
+            raise MissingLabelsError(
                 f"{self.name}: {len(pairs) - 2 * len(opposites)} of {len(pairs)} statements have "
                 "no opposite; give both A and not-A, each with a yes and a no, or use ccs"
             )
@@ -208,7 +208,7 @@ def _pairs(method: str, tokens: Tokens) -> NDArray[np.int64]:
         pair, negated, _ = tokens.contrast[example].tolist()
         statements.setdefault((pair, negated), []).append(int(example))
     if len(statements) < 2:
-        raise TrainingDataError(
+        raise MissingLabelsError(
             f"{method}: {len(statements)} contrast pairs in {len(tokens)} examples; give texts "
             "that affirm and deny a statement, with `contrast`, of at least two statements"
         )

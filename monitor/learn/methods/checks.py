@@ -11,7 +11,7 @@ from torch import Tensor
 
 from midstream.evidence import Last
 from midstream.learn.examples import Level
-from midstream.learn.tokens import UNKNOWN, Tokens, TrainingDataError
+from midstream.learn.tokens import UNKNOWN, MissingLabelsError, Tokens, TrainingDataError
 from midstream.probe import Probe
 from midstream.taps import Tap
 
@@ -61,9 +61,9 @@ def require_classes(who: str, labels: NDArray[np.int8], what: str, remedy: str) 
     """
     known = labels[labels != UNKNOWN]
     if not len(known):
-        raise TrainingDataError(f"{who}: none of {len(labels)} {what} is known; {remedy}")
+        raise MissingLabelsError(f"{who}: none of {len(labels)} {what} is known; {remedy}")
     if (known == known[0]).all():
-        raise TrainingDataError(f"{who}: all {len(known)} known {what} are {known[0]}; {remedy}")
+        raise MissingLabelsError(f"{who}: all {len(known)} known {what} are {known[0]}; {remedy}")
 
 
 def require_finite(

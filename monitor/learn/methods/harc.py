@@ -30,7 +30,7 @@ from midstream.learn.methods.units import (
     prompt_end_rows,
     response_rows,
 )
-from midstream.learn.tokens import UNKNOWN, Source, Tokens, TrainingDataError
+from midstream.learn.tokens import UNKNOWN, MissingLabelsError, Source, Tokens, TrainingDataError
 from midstream.probe import Probe
 from midstream.taps import Tap
 
@@ -84,7 +84,7 @@ class HARC:
         """Fit both read-outs; see `Method`."""
         tokens = source.tokens
         if task.refusal is None:
-            raise TrainingDataError(
+            raise MissingLabelsError(
                 f"{self.name}: hazard {task.hazard!r}: tells harm from refusal, and the task names "
                 "no response label for refusal; name one"
             )
@@ -139,7 +139,7 @@ class HARC:
         of_class[(refuses == 1) & (harm != 1)] = REFUSING
         for value, what in enumerate(("helpful (neither)", "harmful", "refusing")):
             if not (of_class == value).any():
-                raise TrainingDataError(
+                raise MissingLabelsError(
                     f"{self.name}: hazard {hazard!r}, refusal {refusal!r}: none of {len(tokens)} "
                     f"responses is {what} by its response labels; label some that are"
                 )
