@@ -116,6 +116,10 @@ def test_an_examples_own_json_comes_back(example: Example) -> None:
             {"response": "One.\nTwo.", "spans": (span(5, 9),)},
         ),
         (
+            {"sentences": ["a", "b"], "labels": [1, 1]},
+            {"response": "a\nb", "spans": (span(0, 1), span(2, 3))},
+        ),
+        (
             {"sentences": ["a", "a"], "labels": [[], ["x", "y"]], "response": "a  a"},
             {"response": "a  a", "spans": (span(3, 4, "x"), span(3, 4, "y"))},
         ),

@@ -165,6 +165,10 @@ def test_a_missing_class_is_named() -> None:
     examples = [plain(at, text(random_), prompt_labels={"p": at > 0}) for at in range(30)]
     with pytest.raises(SplitError, match=r"prompt has 'p' false: 1 groups have one, for 3 splits"):
         split(examples, SHARES, 0)
+    one = (Span(start=0, end=1, hazard="s"),)
+    examples = [plain(at, text(random_), labels={}, spans=one * (at > 0)) for at in range(30)]
+    with pytest.raises(SplitError, match=r"response has 's' false: 1 groups have one"):
+        split(examples, SHARES, 0)
 
 
 def test_too_few_groups_and_bad_shares() -> None:

@@ -126,13 +126,9 @@ def grouped(examples: Sequence[Example], similar: float = SIMILAR) -> list[Examp
 def merged_groups(examples: Sequence[Example], similar: float = SIMILAR) -> list[list[int]]:
     """Indices of examples that must stay together, each list and the lists in order."""
     join = _Sets(len(examples))
-    first: dict[tuple[str, str], int] = {}
+    first: dict[str, int] = {}
     for at, example in enumerate(examples):
-        keys = [("group", group_of(example))]
-        if said := conversation_of(example):
-            keys.append(("conversation", said))
-        for key in keys:
-            join.union(at, first.setdefault(key, at))
+        join.union(at, first.setdefault(group_of(example), at))
     texts: dict[str, int] = {}
     for at, text in enumerate(_texts(examples)):
         if text:
