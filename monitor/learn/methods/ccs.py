@@ -170,7 +170,7 @@ class CCS:
 
         for _ in range(self.epochs):
             optimiser.zero_grad()
-            losses().sum().backward()  # type: ignore[no-untyped-call]
+            losses().sum().backward()
             optimiser.step()
         with torch.no_grad():
             loss, best = losses().min(dim=1)
