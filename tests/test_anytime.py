@@ -11,7 +11,7 @@ import pytest
 from kernel_cases import fresh_seed
 from plain_filter import PlainStream, logit_in_bin, random_chain
 from scipy.integrate import quad
-from scipy.stats import binomtest, norm
+from scipy.stats import beta, binomtest, norm
 
 from midstream.chain import Chain
 from midstream.learn.anytime import (
@@ -139,6 +139,9 @@ def test_p_value_is_the_tail_of_the_level_passed():
     found = TailPValues.fit(z, np.zeros(100, dtype=int), delta=0.1)
     levels, tails = found.levels[0], found.tails[0]
     assert levels.tolist() == [100, 99, 97, 93, 85, 69]
+    assert tails[0] == pytest.approx(1 - (0.1 / 6) ** (1 / 100))  # in closed form
+    ranks = [1, 2, 4, 8, 16, 32]
+    assert tails == pytest.approx([beta.ppf(1 - 0.1 / 6, k, 101 - k) for k in ranks])
     scores = [101, 100, 99.5, 99, 97.5, 70, 69, -5, math.nan, 101]
     contexts = [0] * 9 + [4]
     expected = [tails[0], tails[1], tails[1], tails[2], tails[2], tails[5], 1, 1, 1, 1]

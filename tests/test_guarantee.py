@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import yaml
+from calibration import repeated
 from kernel_cases import fresh_seed
 from plain_filter import Kernel, logit_in_bin, random_chain
 from scipy.stats import binom, binomtest
@@ -158,6 +159,21 @@ def test_conformal_risk_control_bounds_the_mean_and_not_each_calibration(kind):
     if kind == CONTINUOUS:
         assert rates.mean() == pytest.approx(math.floor(alpha * (n + 1)) / (n + 1), abs=6 * error)
         assert 0.3 < (rates > alpha).mean() < 0.6  # what it would be confused with
+
+
+def test_figure_of_broken_promises_tends_to_its_closed_form():
+    """bench/calibration.py on a pool with ties: shares, their expectation and its bound."""
+    rng = np.random.default_rng(fresh_seed())
+    pool = rng.integers(0, 180, 2000).astype(np.float32) ** 2 / 180**2
+    result = repeated(
+        pool, pool, size=300, times=CALIBRATIONS, alpha=0.05, delta=0.1, seed=fresh_seed()
+    )
+    for figures in result.values():
+        assert figures["expected"] <= 0.1
+        broken = round(figures["broken_share"] * CALIBRATIONS)
+        assert binomtest(broken, CALIBRATIONS, figures["expected"]).pvalue > ALARM
+        assert figures["mean_rate"] <= 0.05 + 0.002  # five standard errors
+    assert result["ltt"]["bound"] == 0.05 < result["crc"]["bound"]
 
 
 # -- the kernel compares in fp32 -------------------------------------------------------------------
@@ -449,10 +465,10 @@ def test_recall_holds_together_and_is_in_order():
 
 def test_highest_threshold_for_recall_by_brute_force():
     rng = np.random.default_rng(fresh_seed())
-    peaks = rng.integers(1, 30, 200) / 32
+    peaks = rng.integers(1, 1000, 200) / 1024
     found = tiers_for_recall({"loose": peaks}, ["high"] * 200, {"loose": 0.8}, delta=0.1)["loose"]
     lowest = 0.0
-    for t in np.arange(33) / 32:  # between two of these nothing changes
+    for t in np.arange(1025) / 1024:  # between two of these nothing changes
         if binom.cdf((peaks < t).sum(), 200, 1 - 0.8) > 0.1:
             break
         lowest = t

@@ -31,14 +31,14 @@ them. All are linear in the number of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from midstream.chain import Chain
 
-from .guarantee import GuaranteeError, check_rate
+from .guarantee import GuaranteeError, check_rate, clopper_pearson
 
 Floats = NDArray[np.float64]
 
@@ -122,8 +122,8 @@ class TailPValues:
         """Fit the tails on scores of safe streams.
 
         The k-th largest of ``m`` scores, k = 1, 2, 4 ... up to m / 2, has a tail that is Beta(k,
-        m - k + 1) distributed or below (Wilks 1941); its ``1 - delta / J`` quantile is the limit,
-        with J levels in all contexts together.
+        m - k + 1) distributed or below (Wilks 1941). Its ``1 - delta / J`` quantile, which is a
+        Clopper-Pearson limit, is the tail stated, with J levels in all contexts together.
 
         Parameters
         ----------
@@ -152,11 +152,10 @@ class TailPValues:
         ranked = {int(c): np.sort(z[where == c])[::-1] for c in np.unique(where)}
         ranks = {c: _powers_of_two(max(1, len(s) // 2)) for c, s in ranked.items()}
         share = delta / sum(map(len, ranks.values()))
-        beta = _beta()
         return cls(
             levels={c: s[ranks[c] - 1] for c, s in ranked.items()},
             tails={
-                c: np.asarray(beta.ppf(1 - share, ranks[c], len(s) - ranks[c] + 1))
+                c: np.array([clopper_pearson(k - 1, len(s), share) for k in ranks[c].tolist()])
                 for c, s in ranked.items()
             },
             delta=delta,
@@ -242,11 +241,3 @@ def halts_at(process: ArrayLike, alpha: float) -> NDArray[np.int64]:
 
 def _powers_of_two(most: int) -> NDArray[np.int64]:
     return 2 ** np.arange(int(most).bit_length(), dtype=np.int64)
-
-
-def _beta() -> Any:
-    try:
-        from scipy.stats import beta
-    except ImportError as error:
-        raise ImportError("p-values need scipy: pip install 'midstream[learn]'") from error
-    return beta
