@@ -28,7 +28,7 @@ from midstream.bundle import Bundle, Fingerprint
 from midstream.chain import ObservedStream, fit_by_counts
 from midstream.engines.hf import load
 from midstream.learn.collect import residuals
-from midstream.learn.logistic import fit_logistic
+from midstream.learn.methods.logistic import fit_logistic
 from midstream.policy import Policy, Provenance, Thresholds
 from midstream.taps import Tap
 

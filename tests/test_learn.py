@@ -11,7 +11,7 @@ import toy
 
 from midstream.evidence import Last, Max
 from midstream.learn.collect import residuals
-from midstream.learn.logistic import fit_logistic
+from midstream.learn.methods.logistic import fit_logistic
 from midstream.probe import Probe
 from midstream.taps import Tap
 

@@ -14,7 +14,7 @@ from midstream.bundle import Bundle, Fingerprint
 from midstream.chain import Chain, ObservedStream, fit_by_counts
 from midstream.evidence import Ema, Max
 from midstream.learn.collect import residuals
-from midstream.learn.logistic import fit_logistic
+from midstream.learn.methods.logistic import fit_logistic
 from midstream.measure.halting import (
     NEVER,
     Truth,

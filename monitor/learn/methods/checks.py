@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from midstream.evidence import Last
 from midstream.learn.examples import Level
 from midstream.learn.tokens import UNKNOWN, Tokens, TrainingDataError
+from midstream.probe import Probe
 from midstream.taps import Tap
 
 _REMEDY: dict[Level, str] = {
@@ -87,3 +92,15 @@ def require_finite(
 def probe_name(hazard: str, method: str, tap: Tap | None = None) -> str:
     """Name of a probe; of a read-out over several taps the first has no tap in its name."""
     return f"{hazard} {method}" if tap is None else f"{hazard} {method} {tap}"
+
+
+def joined(hazard: str, method: str, parts: Sequence[Probe]) -> tuple[Probe, ...]:
+    """One read-out of probes at several taps: the logits of all are added to that of the first.
+
+    The first keeps its evidence rule and gets the read-out's name; the others need no rule.
+    """
+    name = probe_name(hazard, method)
+    first, *others = parts
+    return replace(first, name=name), *(
+        replace(part, adds_to=name, evidence=Last()) for part in others
+    )
