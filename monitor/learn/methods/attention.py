@@ -13,7 +13,7 @@ from midstream.evidence import Max, Mean
 from midstream.learn.methods.checks import labels_of
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.ragged import cross_entropy, running_mean
-from midstream.learn.methods.sgd import DESCENT, Batch, Descent, train
+from midstream.learn.methods.sgd import DESCENT, Batch, Descent, require, train
 from midstream.learn.tokens import UNKNOWN, Source
 
 
@@ -96,6 +96,9 @@ class RollingMax:
 
     window: int = 10
     descent: Descent = DESCENT
+
+    def __post_init__(self) -> None:
+        require(self.window >= 1, "window", self.window, "at least 1")
 
     @property
     def name(self) -> str:

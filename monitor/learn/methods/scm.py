@@ -14,7 +14,7 @@ from midstream.evidence import Count
 from midstream.learn.methods.checks import labels_of
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.ragged import cross_entropy, mean_where
-from midstream.learn.methods.sgd import DESCENT, Batch, Descent, train
+from midstream.learn.methods.sgd import DESCENT, Batch, Descent, require, train
 from midstream.learn.tokens import UNKNOWN, Source
 
 _FLOOR = 1e-8  # of the logic loss's argument, as in the released code
@@ -50,6 +50,10 @@ class SCM:
     theta: float = 0.5
     k: int | None = None
     descent: Descent = DESCENT
+
+    def __post_init__(self) -> None:
+        require(0 < self.theta < 1, "theta", self.theta, "between 0 and 1")
+        require(self.k is None or self.k >= 1, "k", self.k, "at least 1")
 
     @property
     def name(self) -> str:

@@ -29,6 +29,12 @@ _BATCH = 256  # examples at once where nothing is trained
 _CONSTANT = 1e-6
 
 
+def require(holds: bool, key: str, value: float | None, allowed: str) -> None:
+    """Refuse a parameter, with a ValueError that names it and says what it must be."""
+    if not holds:
+        raise ValueError(f"{key}: {value} must be {allowed}")
+
+
 @dataclass(frozen=True)
 class Descent:
     """How far and how fast: AdamW, its rate falling linearly to zero.
@@ -54,6 +60,12 @@ class Descent:
     batch: int = 32
     rate: float = 1e-2
     decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        require(self.batch >= 1, "batch", self.batch, "at least 1")
+        require(self.rate > 0, "rate", self.rate, "above zero")
+        require(self.decay >= 0, "decay", self.decay, "zero or more")
 
     def passes(self, examples: int) -> int:
         """Passes over so many examples."""
@@ -231,7 +243,9 @@ def moments(
                     f"to square, up to {float(h.abs().max()):g}; choose another tap"
                 )
         shift = torch.stack(center).double() - mean
-        square += torch.stack(spread).double() * rows + shift.square() * (count * rows / (count + rows))
+        square += torch.stack(spread).double() * rows + shift.square() * (
+            count * rows / (count + rows)
+        )
         mean += shift * (rows / (count + rows))
         count += rows
     return mean, (square / count).sqrt()
@@ -269,9 +283,15 @@ def train(
     Raises
     ------
     TrainingDataError
-        When residuals or a loss are not finite; it names the method and the tap.
+        When residuals or a loss are not finite, naming the method and the tap; or without a
+        response token.
     """
     usable = examples & (np.diff(source.tokens.starts) > source.tokens.prompt_tokens)
+    if not usable.any():
+        raise TrainingDataError(
+            f"{method}: hazard {task.hazard!r}: no response token in the {int(examples.sum())} "
+            "examples with labels; give examples with responses"
+        )
     mean, scale = moments(method, source, task, examples)
     varies = scale > _CONSTANT * mean.abs()
     scale = torch.where(varies, scale, 1.0)

@@ -11,7 +11,7 @@ from midstream.evidence import Ema
 from midstream.learn.methods.checks import labels_of
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.ragged import cross_entropy, running_mean
-from midstream.learn.methods.sgd import DESCENT, Batch, Descent, train
+from midstream.learn.methods.sgd import DESCENT, Batch, Descent, require, train
 from midstream.learn.tokens import UNKNOWN, Source
 
 
@@ -37,6 +37,10 @@ class Windowed:
     window: int = 16
     temperature: float = 1.0
     descent: Descent = DESCENT
+
+    def __post_init__(self) -> None:
+        require(self.window >= 1, "window", self.window, "at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "above zero")
 
     @property
     def name(self) -> str:
