@@ -332,7 +332,7 @@ def cross_entropy_of(labels: NDArray[np.int8]) -> Callable[[torch.Tensor, Batch,
 
 def test_the_loop_reaches_the_minimum_and_folds_the_moments_into_the_probe() -> None:
     random = np.random.default_rng(fresh_seed())
-    source = some_source(random, examples=60, rise=1.0)
+    source = some_source(random, examples=60, rise=1.0, chunk_bytes=1 << 14)
     tokens = source.tokens
     for tap in TAPS:
         source._hidden[tap][:, 2] = 3.7  # says nothing
@@ -392,10 +392,31 @@ def test_the_logits_of_the_loop_are_those_of_the_heads_it_returns() -> None:
     wanted = torch.stack([seen[row] for row in rows.tolist()], dim=-1)
     assert found.shape == (3, 3, len(rows))
     assert torch.allclose(found, wanted, atol=1e-5)
+    other = train(
+        "loop", source, Task(HAZARD, seed=4), everyone, loss, still, biases=(True, False, True)
+    )
+    assert not torch.allclose(heads.weight, other.weight, atol=1e-4)
     # Standardised logits of weights that began with a spread of 0.01.
     assert 0.001 < wanted.std() / math.sqrt(8) < 0.03
     assert share == sorted(share)
     assert 0 == share[0] < share[-1] < 1
+
+
+def test_a_head_without_a_bias_has_none_while_it_is_trained() -> None:
+    source = some_source(np.random.default_rng(fresh_seed()), taps=1)
+    source._hidden[TAPS[0]][:] = 2.5
+    seen = []
+
+    def loss(logits: torch.Tensor, batch: Batch, done: float) -> torch.Tensor:
+        seen.append(logits.detach()[:, 0].abs().amax(dim=1))
+        return -logits.mean(dim=(0, 2))
+
+    everyone = np.ones(24, bool)
+    heads = train("loop", source, Task(HAZARD), everyone, loss, SHORT, biases=(True, False))
+    assert seen[-1][0] > 0.1
+    assert max(float(step[1]) for step in seen) == 0
+    assert heads.bias[0, 0] > 0.1
+    assert heads.bias[0, 1] == 0
 
 
 def test_batches_hold_every_response_of_the_chosen_once() -> None:

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, binary_cross_entropy_with_logits
 
-from midstream.learn.tokens import UNKNOWN
-
 
 def ranges(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """``first[i], first[i] + 1, ...``, ``lengths[i]`` of them, one run after the other."""
@@ -43,9 +41,9 @@ def running_mean(values: Tensor, window: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of logits [T, ...] with labels 0 or 1 [...]; 0 where `UNKNOWN`."""
+    """Binary cross-entropy of logits [T, ...] with labels 0 or 1 [...]; any number where -1."""
     target = labels.clamp(min=0).to(logits.dtype).expand_as(logits)
-    return binary_cross_entropy_with_logits(logits, target, reduction="none") * (labels != UNKNOWN)
+    return binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:

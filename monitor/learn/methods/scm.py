@@ -14,9 +14,10 @@ from midstream.evidence import Count
 from midstream.learn.methods.checks import labels_of
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.ragged import cross_entropy, mean_where
-from midstream.learn.methods.sgd import DESCENT, Batch, Descent, require, train
+from midstream.learn.methods.sgd import Batch, Descent, require, train
 from midstream.learn.tokens import UNKNOWN, Source
 
+_DESCENT = Descent(rate=2e-2)
 _FLOOR = 1e-8  # of the logic loss's argument, as in the released code
 _DELAYS = np.arange(1, 51)  # that Delay-k is tried with, as in the released code
 
@@ -28,7 +29,7 @@ class SCM:
     See `scm_loss`. Only the token head is served. Departures from the paper, which trains the
     language model with the heads: two outputs and a softmax are one logit and a sigmoid, which is
     the same; there is no dropout, a costly form of weight decay where inputs are frozen; the rate
-    is 1e-2, not 1e-4, and falls to zero.
+    is 2e-2, not 1e-4, and falls to zero.
 
     Cost: see `Descent`, and one pass more to choose k.
 
@@ -49,7 +50,7 @@ class SCM:
     gamma: float = 1.0
     theta: float = 0.5
     k: int | None = None
-    descent: Descent = DESCENT
+    descent: Descent = _DESCENT
 
     def __post_init__(self) -> None:
         require(0 < self.theta < 1, "theta", self.theta, "between 0 and 1")
