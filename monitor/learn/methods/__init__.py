@@ -18,6 +18,11 @@ METHODS: dict[str, tuple[str, str]] = {
     "pa-ccs": ("ccs", "PolarityAwareCCS"),
     "latent-guard": ("latent_guard", "LatentGuard"),
     "harc": ("harc", "HARC"),
+    "scm": ("scm", "SCM"),
+    "span-max": ("span_max", "SpanMax"),
+    "windowed": ("windowed", "Windowed"),
+    "attention": ("attention", "Attention"),
+    "rolling-max": ("attention", "RollingMax"),
 }
 """Module and class of each method by its name on the command line."""
 
