@@ -6,10 +6,30 @@ and to measure a monitor (`midstream.measure.report`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from midstream.kernels.tables import MAX_POSITION
+
+if TYPE_CHECKING:
+    from midstream.bank import ProbeBank
+    from midstream.bundle import Bundle
+    from midstream.streams import StreamReport
+
+TIER = "tier"
+"""The column that says by which strictness tier each stream was judged, where that is known."""
+
+
+class RecordingError(ValueError):
+    """A recording that is none, or does not fit; the message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +45,12 @@ class Recording:
     hazards : tuple of str
         Columns of the labels.
     streams : tuple of str
-        [E]
+        [E], each once.
     starts : int64 [E + 1]
         Stream e owns the rows ``starts[e]:starts[e + 1]``, in order of position.
     prompt_tokens : int32 [E]
     ended : bool [E]
-        False where generation was cut off.
+        False where generation was cut off, by its length limit or by a halt.
     position : int32 [N]
         From the start of the prompt; a gap is a token without a score.
     logits : float32 [N, P]
@@ -43,7 +63,15 @@ class Recording:
     texts : tuple of str, optional
         [E] the responses, for a gallery.
     columns : dict of str to tuple of str
-        [E] each, to break figures down by.
+        [E] each, to break figures down by. `TIER` is the tier by which each was judged.
+    probes_hash : str, optional
+        `probes_hash` of the bank: two bundles with the same one read the same logits, whatever
+        their chains and policies are. Without it streams cannot be judged again.
+
+    Raises
+    ------
+    RecordingError
+        Names what is inconsistent.
     """
 
     bundle: str
@@ -60,6 +88,49 @@ class Recording:
     characters: NDArray[np.int32] | None
     texts: tuple[str, ...] | None
     columns: dict[str, tuple[str, ...]]
+    probes_hash: str | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one Parquet file, which appears whole or not at all.
+
+        See `midstream.measure.recording_file`.
+        """
+        from midstream.measure.recording_file import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, *paths: str | os.PathLike[str]) -> Recording:
+        """Read one file, or several with the same probes, hazards and columns, end to end.
+
+        See `midstream.measure.recording_file`.
+        """
+        from midstream.measure.recording_file import load
+
+        return load(*paths)
+
+    @classmethod
+    def from_reports(
+        cls,
+        reports: Sequence[StreamReport],
+        bundle: Bundle,
+        *,
+        streams: Sequence[str] | None = None,
+        ended: Sequence[bool] | None = None,
+    ) -> Recording:
+        """Make a recording of live streams from their reports' traces; nothing is labelled.
+
+        Parameters
+        ----------
+        reports : sequence of StreamReport
+        bundle : Bundle
+            The one that judged them.
+        streams : sequence of str, optional
+            Names in place of the reports' own, which must not occur twice.
+        ended : sequence of bool, optional
+            Whether each stream ended by itself; by default, whether its finish reason is "stop".
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
