@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.kernels.tables import MAX_POSITION
+from midstream.kernels.tables import MAX_POSITION, Phase
 
 if TYPE_CHECKING:
     from midstream.bank import ProbeBank
@@ -90,21 +90,87 @@ class Recording:
     columns: dict[str, tuple[str, ...]]
     probes_hash: str | None = None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one Parquet file, which appears whole or not at all.
+    def __post_init__(self) -> None:
+        streams, tokens, hazards = len(self.streams), len(self.position), len(self.hazards)
+        self._check_array("starts", np.int64, (streams + 1,))
+        self._check_array("prompt_tokens", np.int32, (streams,))
+        self._check_array("ended", np.bool_, (streams,))
+        self._check_array("position", np.int32, (tokens,))
+        self._check_array("logits", np.float32, (tokens, len(self.probes)))
+        self._check_array("labels", np.int8, (tokens, hazards))
+        self._check_array("response_labels", np.int8, (streams, hazards))
+        if self.characters is not None:
+            self._check_array("characters", np.int32, (tokens, 2))
+        lengths = {"texts": self.texts, **{f"columns[{k!r}]": v for k, v in self.columns.items()}}
+        for name, values in lengths.items():
+            if values is not None and len(values) != streams:
+                raise RecordingError(f"{name}: {len(values)} entries for {streams} streams")
+        for name in ("probes", "hazards", "streams"):
+            for value, count in Counter(getattr(self, name)).most_common(1):
+                if count > 1:
+                    raise RecordingError(f"{name}: {value!r} is there {count} times")
+        if not self.probes:
+            raise RecordingError("probes: there are none, so nothing was recorded")
+        self._check_rows()
 
-        See `midstream.measure.recording_file`.
-        """
+    def _check_array(self, name: str, dtype: type, shape: tuple[int, ...]) -> None:
+        found = getattr(self, name)
+        if found.dtype != dtype or found.shape != shape:
+            raise RecordingError(
+                f"{name}: expected {np.dtype(dtype)} {list(shape)}, got {found.dtype} "
+                f"{list(found.shape)}"
+            )
+
+    def _check_rows(self) -> None:
+        lengths = np.diff(self.starts)
+        if self.starts[0] != 0 or self.starts[-1] != len(self.position) or (lengths < 0).any():
+            raise RecordingError(f"starts: must ascend from 0 to the {len(self.position)} tokens")
+        if (self.prompt_tokens < 0).any():
+            raise RecordingError("prompt_tokens: must be 0 or more")
+        if len(self.position):
+            if self.position.min() < 0 or self.position.max() >= MAX_POSITION:
+                raise RecordingError(f"position: must lie between 0 and {MAX_POSITION - 1}")
+            ascends = np.diff(self.position) > 0
+            begins = self.starts[1:-1]
+            ascends[begins[(begins > 0) & (begins < len(self.position))] - 1] = True
+            if not ascends.all():
+                row = int(np.argmin(ascends)) + 1
+                raise RecordingError(
+                    f"stream {self._stream_of(row)!r}: position {self.position[row]} follows "
+                    f"{self.position[row - 1]}; positions of a stream must ascend"
+                )
+        for name in ("labels", "response_labels"):
+            values = getattr(self, name)
+            if values.size and not -1 <= values.min() <= values.max() <= 1:
+                raise RecordingError(f"{name}: must be 1, 0 or -1")
+        if (bad := (self.labels != -1).any(axis=1) & ~self.in_response).any():
+            row = int(np.argmax(bad))
+            raise RecordingError(
+                f"stream {self._stream_of(row)!r}: its prompt token {self.position[row]} has a "
+                "label; labels are those of response tokens"
+            )
+
+    def _stream_of(self, row: int) -> str:
+        return self.streams[int(np.searchsorted(self.starts, row, side="right")) - 1]
+
+    def __len__(self) -> int:
+        """Streams."""
+        return len(self.streams)
+
+    @property
+    def in_response(self) -> NDArray[np.bool_]:
+        """Whether each token is one of the response, [N]."""
+        return self.position >= np.repeat(self.prompt_tokens, np.diff(self.starts))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one Parquet file; see :func:`midstream.measure.recording_file.save`."""
         from midstream.measure.recording_file import save
 
         save(self, path)
 
     @classmethod
     def load(cls, *paths: str | os.PathLike[str]) -> Recording:
-        """Read one file, or several with the same probes, hazards and columns, end to end.
-
-        See `midstream.measure.recording_file`.
-        """
+        """Read one file or several; see :func:`midstream.measure.recording_file.load`."""
         from midstream.measure.recording_file import load
 
         return load(*paths)
@@ -118,7 +184,10 @@ class Recording:
         streams: Sequence[str] | None = None,
         ended: Sequence[bool] | None = None,
     ) -> Recording:
-        """Make a recording of live streams from their reports' traces; nothing is labelled.
+        """Make a recording of live streams from the traces in their reports; nothing is labelled.
+
+        Tokens that were sampled and never fed, as a rule the last of a stream, have no score and
+        are not in it.
 
         Parameters
         ----------
@@ -126,11 +195,141 @@ class Recording:
         bundle : Bundle
             The one that judged them.
         streams : sequence of str, optional
-            Names in place of the reports' own, which must not occur twice.
+            Names in place of the reports' own, each once.
         ended : sequence of bool, optional
             Whether each stream ended by itself; by default, whether its finish reason is "stop".
+
+        Raises
+        ------
+        RecordingError
+            For a report of another bundle, and for a trace that is shorter than its stream; the
+            message says which ``trace=`` to build the monitor with.
         """
-        raise NotImplementedError
+        probes = bundle.bank.names
+        rows = [_trace_rows(report, bundle) for report in reports]
+        lengths = [len(position) for position, _ in rows]
+        names = [report.stream for report in reports] if streams is None else streams
+        stopped = [report.finish_reason == "stop" for report in reports]
+        hazards = tuple(dict.fromkeys(bundle.bank.hazards))
+        tokens = sum(lengths)
+        return cls(
+            bundle=bundle.hash,
+            probes=probes,
+            hazards=hazards,
+            streams=tuple(names),
+            starts=np.cumsum([0, *lengths], dtype=np.int64),
+            prompt_tokens=np.array([report.prompt_tokens for report in reports], np.int32),
+            ended=np.array(stopped if ended is None else ended, np.bool_),
+            position=np.concatenate([np.empty(0, np.int32), *(p for p, _ in rows)]),
+            logits=np.concatenate(
+                [np.empty((0, len(probes)), np.float32), *(logits for _, logits in rows)]
+            ),
+            labels=np.full((tokens, len(hazards)), -1, np.int8),
+            response_labels=np.full((len(reports), len(hazards)), -1, np.int8),
+            characters=None,
+            texts=None,
+            columns={TIER: tuple(report.tier for report in reports)},
+            probes_hash=probes_hash(bundle.bank),
+        )
+
+
+def _trace_rows(
+    report: StreamReport, bundle: Bundle
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Positions [n] and logits [n, P] of a report's trace, which must be all of the stream."""
+    if report.bundle != bundle.hash:
+        raise RecordingError(
+            f"stream {report.stream!r} was judged by bundle {report.bundle}, this is {bundle.hash}"
+        )
+    trace = report.trace
+    position = np.array(trace.position, dtype=np.int32)
+    scores = [trace.scores[name] for name in bundle.bank.names]
+    logits = np.array(scores, dtype=np.float32).T.reshape(len(position), len(scores))  # None is NaN
+
+    phase = bundle.bank.evidence_table().phase.numpy()
+    of_prompt = (position < report.prompt_tokens)[:, None]
+    reads = phase == np.where(of_prompt, int(Phase.PROMPT), int(Phase.RESPONSE))
+    scored = (np.isfinite(logits) | ~reads).all(axis=1) & reads.any(axis=1)
+    # The ring forgets the oldest tokens first. One without a score leaves no count behind; it is
+    # missed when it halted the stream or was the last of the prompt, and otherwise is a gap, which
+    # a stream is judged by in just the same way.
+    needed = [report.halted_at] if report.halted_at is not None else []
+    if 0 < report.prompt_tokens < position.max(initial=0):
+        needed.append(report.prompt_tokens - 1)
+    if scored.sum() != report.scored or not np.isin(needed, position).all():
+        fed = int(max(position.max(initial=-1) + 1, report.scored + report.unscored))
+        raise RecordingError(
+            f"stream {report.stream!r}: its trace keeps {len(position)} tokens, it had more; build "
+            f"the monitor with trace={fed} or more"
+        )
+    return position, logits
+
+
+def probes_hash(bank: ProbeBank) -> str:
+    """Sha256 of all that a logit depends on: where each probe reads, its norm, weight and bias."""
+    digest = hashlib.sha256()
+    for probe in bank.probes:
+        read_out = (probe.name, str(probe.tap), probe.norm, probe.eps, probe.bias, probe.adds_to)
+        digest.update(json.dumps(read_out).encode())
+        digest.update(probe.weight.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def concatenate(recordings: Sequence[Recording]) -> Recording:
+    """Put recordings of one bundle, with the same hazards and columns, end to end.
+
+    Raises
+    ------
+    RecordingError
+        When they differ in more than their streams, or one stream is in two of them.
+    """
+    if not recordings:
+        raise RecordingError("no recording given")
+    first = recordings[0]
+    for other in recordings[1:]:
+        for name in ("bundle", "probes_hash", "probes", "hazards"):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise RecordingError(f"recordings differ in their {name}: {ours} and {theirs}")
+        if first.columns.keys() != other.columns.keys():
+            raise RecordingError(
+                f"recordings differ in their columns: {sorted(first.columns)} and "
+                f"{sorted(other.columns)}"
+            )
+        for name in ("characters", "texts"):
+            if (getattr(first, name) is None) != (getattr(other, name) is None):
+                raise RecordingError(f"some recordings have {name}, others have none")
+    if len(recordings) == 1:
+        return first
+
+    def joined(name: str) -> Any:
+        return np.concatenate([getattr(recording, name) for recording in recordings])
+
+    def chained(parts: Iterable[tuple[str, ...] | None]) -> tuple[str, ...]:
+        return tuple(value for part in parts for value in part or ())
+
+    before = np.cumsum([0, *(len(recording.position) for recording in recordings)])
+    return replace(
+        first,
+        streams=chained(recording.streams for recording in recordings),
+        starts=np.concatenate(
+            [[0], *(r.starts[1:] + offset for r, offset in zip(recordings, before, strict=False))]
+        ).astype(np.int64),
+        **{
+            name: joined(name)
+            for name in (
+                "prompt_tokens",
+                "ended",
+                "position",
+                "logits",
+                "labels",
+                "response_labels",
+            )
+        },
+        characters=None if first.characters is None else joined("characters"),
+        texts=None if first.texts is None else chained(r.texts for r in recordings),
+        columns={key: chained(r.columns[key] for r in recordings) for key in first.columns},
+    )
 
 
 @dataclass(frozen=True)
