@@ -162,7 +162,7 @@ def _read(file: Any) -> Recording:
     streams, tokens, hazards = header.streams, header.tokens, len(header.hazards)
     starts = np.zeros(streams + 1, np.int64)
     names: dict[str, list[str]] = {key: [] for key in ["stream", "text", *header.columns]}
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "prompt_tokens": np.empty(streams, np.int32),
         "ended": np.empty(streams, np.bool_),
         "position": np.empty(tokens, np.int32),

@@ -105,9 +105,9 @@ def judge(
     for first, last in _parts(recording.starts):
         streams = slice(first, last)
         rows = slice(int(recording.starts[first]), int(recording.starts[last]))
-        for slot, e in enumerate(range(first, last)):
+        for free, e in enumerate(range(first, last)):
             start, row = int(recording.prompt_tokens[e]), int(policy_rows[e])
-            slots.admit(slot, start=start, policy=row, prior=chain_table.prior)
+            slots.admit(free, start=start, policy=row, prior=chain_table.prior)
         slot = np.repeat(
             np.arange(last - first, dtype=np.int32), np.diff(recording.starts[first : last + 1])
         )
@@ -159,7 +159,7 @@ def _policy_rows(recording: Recording, policy: Policy, tier: str | None) -> NDAr
 
 
 def _parts(starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Runs of streams, ``_SLOTS`` at most, and of no more than ``_ROWS`` tokens if not one alone."""
+    """Runs of ``_SLOTS`` streams at most, and of ``_ROWS`` tokens at most if not one stream alone."""
     first, streams = 0, len(starts) - 1
     while first < streams:
         last = int(np.searchsorted(starts, starts[first] + _ROWS, side="right")) - 1

@@ -102,9 +102,12 @@ def sweep(
     """
     levels = np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
     if levels.ndim != 1 or not len(levels) or not ((levels >= 0) & (levels <= 1)).all():
-        raise RecordingError(f"thresholds: expected numbers from 0 to 1, got {thresholds}")
-    ahead = (bundle.policy.tiers[bundle.policy.default_tier].horizon,)
-    ahead = ahead if horizons is None else tuple(horizons)
+        raise RecordingError(f"thresholds: expected numbers from 0 to 1, got {levels}")
+    if horizons is None:
+        horizons = [bundle.policy.tiers[bundle.policy.default_tier].horizon]
+    if any(horizon < 0 for horizon in horizons):
+        raise RecordingError(f"horizons: expected 0 or more tokens, got {horizons}")
+    ahead = tuple(horizons)
     depths = (bundle.policy.hold_back,) if hold_backs is None else tuple(hold_backs)
     if any(depth != "turn" and depth < 1 for depth in depths):
         raise RecordingError(f"hold_backs: expected 1 or more tokens, or 'turn'; got {depths}")
