@@ -81,9 +81,7 @@ def record(
     for done in range(0, len(order), batch_size):
         batch = order[done : done + batch_size]
         given = [
-            GivenTokens(
-                encoded[e].id, encoded[e].ids.tolist(), judged[e].tolist(), prompts[e]
-            )
+            GivenTokens(encoded[e].id, encoded[e].ids.tolist(), judged[e].tolist(), prompts[e])
             for e in batch
         ]
         for e, report in zip(batch, feed(model, given, monitor), strict=True):

@@ -28,6 +28,10 @@ TIER = "tier"
 """The column that says by which strictness tier each stream was judged, where that is known."""
 
 
+_PER_STREAM = ("prompt_tokens", "ended", "response_labels")
+_PER_TOKEN = ("position", "logits", "labels")
+
+
 class RecordingError(ValueError):
     """A recording that is none, or does not fit; the message says what was expected."""
 
@@ -162,6 +166,21 @@ class Recording:
         """Whether each token is one of the response, [N]."""
         return self.position >= np.repeat(self.prompt_tokens, np.diff(self.starts))
 
+    def part(self, streams: slice) -> Recording:
+        """Return the same for some streams that stand side by side."""
+        first, last, _ = streams.indices(len(self))
+        rows = slice(int(self.starts[first]), int(self.starts[last]))
+        return replace(
+            self,
+            streams=self.streams[streams],
+            starts=self.starts[first : last + 1] - rows.start,
+            **{name: getattr(self, name)[streams] for name in _PER_STREAM},
+            **{name: getattr(self, name)[rows] for name in _PER_TOKEN},
+            characters=None if self.characters is None else self.characters[rows],
+            texts=None if self.texts is None else self.texts[streams],
+            columns={name: values[streams] for name, values in self.columns.items()},
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one Parquet file; see :func:`midstream.measure.recording_file.save`."""
         from midstream.measure.recording_file import save
@@ -260,17 +279,7 @@ def concatenate(recordings: Sequence[Recording]) -> Recording:
         starts=np.concatenate(
             [[0], *(r.starts[1:] + offset for r, offset in zip(recordings, before, strict=False))]
         ).astype(np.int64),
-        **{
-            name: joined(name)
-            for name in (
-                "prompt_tokens",
-                "ended",
-                "position",
-                "logits",
-                "labels",
-                "response_labels",
-            )
-        },
+        **{name: joined(name) for name in (*_PER_STREAM, *_PER_TOKEN)},
         characters=None if first.characters is None else joined("characters"),
         texts=None if first.texts is None else chained(r.texts for r in recordings),
         columns={key: chained(r.columns[key] for r in recordings) for key in first.columns},

@@ -159,7 +159,7 @@ def _policy_rows(recording: Recording, policy: Policy, tier: str | None) -> NDAr
 
 
 def _parts(starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Runs of ``_SLOTS`` streams at most, and of ``_ROWS`` tokens at most if not one stream alone."""
+    """Runs of ``_SLOTS`` streams at most, and ``_ROWS`` tokens at most if not one stream alone."""
     first, streams = 0, len(starts) - 1
     while first < streams:
         last = int(np.searchsorted(starts, starts[first] + _ROWS, side="right")) - 1

@@ -19,23 +19,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from midstream.bundle import Bundle
-from midstream.kernels.tables import MAX_POSITION, UNSCORED_CAUSE
-from midstream.measure.recording import Recording, RecordingError
-from midstream.measure.rejudge import JudgedPart, judge
+from midstream.kernels.tables import UNSCORED_CAUSE, Verdict
+from midstream.measure.halting import NEVER
+from midstream.measure.outcomes import Outcomes
+from midstream.measure.recording import Judgement, Recording, RecordingError
+from midstream.measure.rejudge import judge
 from midstream.policy import Policy, Thresholds
 
 HoldBackDepth = int | Literal["turn"]
-
-_NEVER = MAX_POSITION
 
 
 @dataclass(frozen=True)
 class Sweep:
     """T thresholds at G horizons with B hold-backs over E streams.
 
-    A stream is violating when some response or token label of it is 1, and safe when all its
-    response labels are 0; one of which neither is known counts in no figure. Where no token of a
-    violating stream is labelled, it is missed when it is not halted, and leaks no token.
+    Which streams are safe, violating, and located (it is known where they first violate) is said by
+    `midstream.measure.outcomes.Outcomes`, for the hazards that the bundle looks for.
 
     Attributes
     ----------
@@ -47,18 +46,19 @@ class Sweep:
         [B]
     halted_at : int32 [G, T, E]
         Position of each halt from the start of the prompt; -1 where there is none.
-    safe, violating : int
+    safe, violating, located : int
         Streams.
     false_halts : int64 [G, T]
         Safe streams that are halted.
+    caught : int64 [G, T]
+        Violating streams that are halted.
     missed : int64 [G, T, B]
-        Violating streams of which a violating token leaves.
+        Located streams of which a violating token leaves.
     leaked_tokens : int64 [G, T, B]
-        Tokens with a label of 1 that leave: all up to the halt but the last ``hold_back``; with
-        "turn" none of a halted stream.
+        Violating tokens that leave, under a policy that holds nothing for its risk.
     lead : float64 [G, T]
-        Tokens from the halt to the first violating token, median over the streams that have one; 0
-        where the halt comes with it, later or never. NaN without such streams.
+        Tokens from the halt to the first violating token, median over the located streams; 0 where
+        the halt comes with it, later or never. NaN without such streams.
     """
 
     thresholds: NDArray[np.float64]
@@ -67,7 +67,9 @@ class Sweep:
     halted_at: NDArray[np.int32]
     safe: int
     violating: int
+    located: int
     false_halts: NDArray[np.int64]
+    caught: NDArray[np.int64]
     missed: NDArray[np.int64]
     leaked_tokens: NDArray[np.int64]
     lead: NDArray[np.float64]
@@ -98,113 +100,110 @@ def sweep(
     Raises
     ------
     RecordingError
-        For thresholds that are no probabilities; or as `rejudge`.
+        For thresholds that are no probabilities, negative horizons, hold-backs below 1; or as
+        `rejudge`.
+    MeasureError
+        For labels that contradict each other.
     """
     levels = np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
     if levels.ndim != 1 or not len(levels) or not ((levels >= 0) & (levels <= 1)).all():
-        raise RecordingError(f"thresholds: expected numbers from 0 to 1, got {levels}")
+        raise RecordingError(f"thresholds: expected numbers from 0 to 1, got {levels.tolist()}")
     if horizons is None:
         horizons = [bundle.policy.tiers[bundle.policy.default_tier].horizon]
-    if any(horizon < 0 for horizon in horizons):
-        raise RecordingError(f"horizons: expected 0 or more tokens, got {horizons}")
-    ahead = tuple(horizons)
+    if not horizons or any(horizon < 0 for horizon in horizons):
+        raise RecordingError(f"horizons: expected 0 or more tokens, got {list(horizons)}")
     depths = (bundle.policy.hold_back,) if hold_backs is None else tuple(hold_backs)
     if any(depth != "turn" and depth < 1 for depth in depths):
         raise RecordingError(f"hold_backs: expected 1 or more tokens, or 'turn'; got {depths}")
 
-    grid = (len(ahead), len(levels))
-    truth = _Truth.of(recording)
-    halts = np.empty((*grid, len(recording)), np.int32)
+    streams, grid = len(recording), (len(horizons), len(levels))
+    watched = [hazard for hazard in recording.hazards if hazard in bundle.bank.hazards]
+    halts = np.empty((*grid, streams), np.int64)
     missed = np.zeros((*grid, len(depths)), np.int64)
     leaked_tokens = np.zeros((*grid, len(depths)), np.int64)
-    for g, horizon in enumerate(ahead):
+    safe, violating, located = np.zeros((3, streams), np.bool_)
+    violates_at = np.zeros(streams, np.int64)
+    for g, horizon in enumerate(horizons):
         policy = Policy(
             tiers={"moderate": Thresholds(horizon=horizon, halt_at=1.0)},
             default_tier="moderate",
             on_unscored=bundle.policy.on_unscored,
         )
-        for part in judge(recording, bundle, policy=policy, tier="moderate"):
-            halt = _halts(recording, part, levels)
-            halts[g, :, part.streams] = halt
-            violating, located = truth.violating[part.streams], truth.located[part.streams]
+        for judged in judge(recording, bundle, policy=policy, tier="moderate"):
+            some = judged.streams
+            part = _Part(recording.part(some), judged)
+            truth = Outcomes.of(part.recording, judged, watched)
+            halts[g, :, some] = halt = part.halts(levels)
+            safe[some], violating[some] = truth.safe, truth.violating
+            located[some] = truth.located
+            violates_at[some] = truth.violates_at + recording.prompt_tokens[some]
             for b, depth in enumerate(depths):
-                leaked = _leaked(recording, part, halt, depth, truth.violates)
+                leaked = part.leaked(halt, depth, truth.label == 1)
                 leaked_tokens[g, :, b] += leaked.sum(axis=1)
-                leaks = np.where(located, leaked > 0, halt == _NEVER)
-                missed[g, :, b] += leaks[:, violating].sum(axis=1)
-    early = np.maximum(truth.first[truth.located] - halts[:, :, truth.located], 0)
+                missed[g, :, b] += (leaked[:, truth.located] > 0).sum(axis=1)
+    early = np.maximum(violates_at[located] - halts[:, :, located], 0)
     return Sweep(
         thresholds=levels,
-        horizons=ahead,
+        horizons=tuple(horizons),
         hold_backs=depths,
-        safe=int(truth.safe.sum()),
-        violating=int(truth.violating.sum()),
-        false_halts=(halts[:, :, truth.safe] != _NEVER).sum(axis=2),
+        halted_at=np.where(halts == NEVER, -1, halts).astype(np.int32),
+        safe=int(safe.sum()),
+        violating=int(violating.sum()),
+        located=int(located.sum()),
+        false_halts=(halts[:, :, safe] != NEVER).sum(axis=2),
+        caught=(halts[:, :, violating] != NEVER).sum(axis=2),
         missed=missed,
         leaked_tokens=leaked_tokens,
         lead=np.median(early, axis=2) if early.shape[2] else np.full(grid, np.nan),
-        halted_at=np.where(halts == _NEVER, -1, halts).astype(np.int32),
     )
 
 
-def _halts(
-    recording: Recording, part: JudgedPart, levels: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Position of each halt, ``_NEVER`` where there is none, [T, streams of the part]."""
-    starts = recording.starts[part.streams.start : part.streams.stop + 1] - part.rows.start
-    stream = np.arange(len(starts) - 1, dtype=np.int64)
-    # Bits of fp32 numbers from 0 up ascend with them. With the stream's number above them, one
-    # running maximum serves all streams, and one sorted array all searches. 0 is not judged.
-    reached = np.where(np.isnan(part.risk), 0, _bits(part.risk) + 1)
-    keys = np.maximum.accumulate((np.repeat(stream, np.diff(starts)) << 32) | reached)
-    wanted = (stream << 32) | (_bits(levels.astype(np.float32)) + 1)[:, None]
-    row = np.searchsorted(keys, wanted)
-    position = np.append(recording.position[part.rows], np.int32(_NEVER)).astype(np.int64)
-    crossed = np.where(row < starts[1:], position[row], _NEVER)
-    # Halted at 1.0 by then, a stream was halted by any other threshold, too.
-    by_unscored = np.where(part.cause == UNSCORED_CAUSE, part.halted_at, _NEVER)
-    return np.minimum(crossed, by_unscored)
+class _Part:
+    """Streams of a recording, with their rows as sorted keys.
+
+    A key has the number of the stream above, and below it what ascends inside the stream. So one
+    running maximum serves all streams, and one sorted array all searches.
+    """
+
+    def __init__(self, recording: Recording, judged: Judgement) -> None:
+        self.recording, self.judged = recording, judged
+        self.starts = recording.starts
+        self.stream = np.arange(len(recording), dtype=np.int64) << 32
+        self.row_stream = np.repeat(self.stream, np.diff(self.starts))
+        self.keys = self.row_stream | recording.position
+
+    def halts(self, levels: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Position of the halt of each stream at each threshold, ``NEVER`` for none, [T, E]."""
+        risk, position = self.judged.risk, self.recording.position
+        reached = np.where(np.isnan(risk), 0, _bits(risk) + 1)
+        peaks = np.maximum.accumulate(self.row_stream | reached)
+        row = np.searchsorted(peaks, self.stream | (_bits(levels.astype(np.float32)) + 1)[:, None])
+        where = np.append(position, np.int32(0)).astype(np.int64)[row]
+        crossed = np.where(row < self.starts[1:], where, NEVER)
+        # One that was halted for its risk of 1 by then is halted earlier by every threshold.
+        unscored = self.judged.cause == UNSCORED_CAUSE
+        return np.minimum(crossed, np.where(unscored, self.judged.halted_at, NEVER))
+
+    def leaked(
+        self, halt: NDArray[np.int64], depth: HoldBackDepth, violates: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        """Violating tokens that leave, [T, E], by the rule of `Outcomes.leaked`."""
+        first, end = self.starts[:-1], self.starts[1:]
+        allowed = self.judged.verdict == Verdict.CONTINUE
+        newest = np.maximum.accumulate(
+            self.row_stream | np.where(allowed, self.recording.position.astype(np.int64) + 1, 0)
+        )
+        newest = np.append(newest & 0xFFFFFFFF, 0) - 1  # position of the last CONTINUE so far
+        before = np.searchsorted(self.keys, self.stream | halt)  # rows before the halt
+        last_allowed = np.where(before > first, newest[before - 1], -1)
+        last = np.append(self.recording.position, np.int32(-1))[end - 1]
+        delivered = (halt == NEVER) & (last_allowed == np.where(end > first, last, -1))
+        held_back = NEVER if depth == "turn" else depth
+        stays = np.where(delivered, NEVER, np.maximum(last_allowed - held_back + 2, 0))
+        upto = np.concatenate([[0], np.cumsum(violates)])
+        return np.asarray(upto[np.searchsorted(self.keys, self.stream | stays)] - upto[first])
 
 
 def _bits(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Bits of numbers from 0 up, which ascend with them."""
     return np.abs(values).view(np.int32).astype(np.int64)  # abs: -0.0 is 0.0
-
-
-def _leaked(
-    recording: Recording,
-    part: JudgedPart,
-    halt: NDArray[np.int64],
-    depth: HoldBackDepth,
-    violates: NDArray[np.bool_],
-) -> NDArray[np.int64]:
-    """Violating tokens of each stream that leave, [T, streams of the part]."""
-    starts = recording.starts[part.streams.start : part.streams.stop + 1] - part.rows.start
-    stream = np.arange(len(starts) - 1, dtype=np.int64)
-    upto = np.concatenate([[0], np.cumsum(violates[part.rows])])
-    keys = (np.repeat(stream, np.diff(starts)) << 32) | recording.position[part.rows]
-    stays = np.zeros_like(halt) if depth == "turn" else np.maximum(halt - depth + 1, 0)
-    stays = np.where(halt == _NEVER, _NEVER, stays)  # position of the first that does not leave
-    return np.asarray(upto[np.searchsorted(keys, (stream << 32) | stays)] - upto[starts[:-1]])
-
-
-@dataclass(frozen=True)
-class _Truth:
-    """What is known: ``violates`` [N] of tokens, the rest [E] of streams."""
-
-    violates: NDArray[np.bool_]
-    safe: NDArray[np.bool_]
-    violating: NDArray[np.bool_]
-    located: NDArray[np.bool_]
-    first: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, recording: Recording) -> _Truth:
-        violates = (recording.labels == 1).any(axis=1)
-        rows = np.flatnonzero(violates)
-        stream = np.searchsorted(recording.starts, rows, side="right") - 1
-        first = np.full(len(recording), _NEVER, np.int64)
-        np.minimum.at(first, stream, recording.position[rows])
-        located = first != _NEVER
-        violating = located | (recording.response_labels == 1).any(axis=1)
-        known = (recording.response_labels == 0).all(axis=1) & bool(recording.hazards)
-        return cls(violates, known & ~violating, violating, located, first)

@@ -52,7 +52,13 @@ def from_reports(
 def trace_rows(
     report: StreamReport, bundle: Bundle
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Positions [n] and logits [n, P] of a report's trace, which must be all of the stream."""
+    """Positions [n] and logits [n, P] of a report's trace.
+
+    Raises
+    ------
+    RecordingError
+        As `Recording.from_reports`.
+    """
     if report.bundle != bundle.hash:
         raise RecordingError(
             f"stream {report.stream!r} was judged by bundle {report.bundle}, this is {bundle.hash}"
@@ -73,7 +79,10 @@ def trace_rows(
     if 0 < report.prompt_tokens < position.max(initial=0):
         needed.append(report.prompt_tokens - 1)
     if scored.sum() != report.scored or not np.isin(needed, position).all():
-        fed = int(max(position.max(initial=-1) + 1, report.scored + report.unscored))
+        counted = report.scored + report.unscored
+        if not (phase == Phase.PROMPT).any():
+            counted += report.prompt_tokens
+        fed = max(int(position.max(initial=-1)) + 1, counted)
         raise RecordingError(
             f"stream {report.stream!r}: its trace keeps {len(position)} tokens, it had more; build "
             f"the monitor with trace={fed} or more"
