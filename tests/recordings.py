@@ -29,19 +29,19 @@ HAZARD = "badness"
 
 
 def random_chain(rng: np.random.Generator, states: int = 4, *, reads_prompt: bool = True) -> Chain:
-    """A chain whose risk goes up and down a lot."""
+    """A chain whose states violate soon or hardly ever, so that the risk goes up and down."""
 
-    def rows(count: int, width: int) -> list[list[float]]:
-        return rng.dirichlet(np.ones(width), count).tolist()
+    def rows(count: int, width: int, last: float = 1.0) -> list[list[float]]:
+        return rng.dirichlet([1.0] * (width - 1) + [last], count).tolist()
 
     size = states + 1
     edges, prompt_edges = [1.0, 2.0, 4.0, 6.0], [0.5, 1.0] if reads_prompt else []
     return Chain(
-        transition=[*rows(states, size), [0.0] * states + [1.0]],
+        transition=[*rows(states, size, 0.1), [0.0] * states + [1.0]],
         ending=rng.uniform(0.01, 0.4, size).tolist(),
         emission=rows(size, len(edges) + 1),
         edges=edges,
-        prior=rows(1, size)[0],
+        prior=rows(1, size, 0.1)[0],
         prompt_emission=rows(size, len(prompt_edges) + 1),
         prompt_edges=prompt_edges,
     )

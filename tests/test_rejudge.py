@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,25 @@ TIERS = {
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(fresh_seed())
+
+
+def with_tiers(bundle: Bundle, rng: np.random.Generator, **policy: Any) -> Bundle:
+    """The bundle with levels that its risks reach and leave."""
+    free = Policy(tiers={"loose": Thresholds(horizon=3, halt_at=1.0)}, default_tier="loose")
+    risk = rejudge(random_recording(rng, bundle, 60), bundle, policy=free).risk
+
+    def levels(horizon: int, *shares: float) -> Thresholds:
+        halt, hold, release = np.nanquantile(risk, shares).tolist()
+        return Thresholds(horizon=horizon, halt_at=halt, hold_at=hold, release_at=release)
+
+    tiers = {
+        "strict": levels(9, 0.97, 0.5, 0.4),
+        "moderate": levels(3, 0.98, 0.6, 0.5),
+        "loose": levels(0, 0.99, 0.7, 0.6),
+    }
+    return bundle.with_policy(
+        Policy(tiers=tiers, default_tier="moderate", loosest_tier="loose", **policy)
+    )
 
 
 def live(bundle: Bundle, rng: np.random.Generator, streams: int) -> list[StreamReport]:
@@ -83,34 +103,25 @@ def assert_as_recorded(recording: Recording, bundle: Bundle, reports: list[Strea
 def test_nothing_changed_gives_the_verdicts_of_the_live_run(
     rng, tmp_path, on_unscored, reads_prompt
 ):
-    bundle = random_bundle(
-        rng,
-        reads_prompt=reads_prompt,
-        tiers=TIERS,
-        loosest_tier="loose",
-        on_unscored=on_unscored,
-    )
-    reports = live(bundle, rng, 60)
-    Recording.from_reports(reports, bundle).save(tmp_path / "trace")
-    recording = Recording.load(tmp_path / "trace")
-    assert_as_recorded(recording, bundle, reports)
-    unscored = [report.unscored for report in reports]
-    assert rejudge(recording, bundle).unscored.tolist() == unscored
-    # The case is worth its name: all verdicts occur, holds end, and tokens are missing.
-    seen = {verdict for report in reports for verdict in report.trace.verdict}
-    assert seen == {"CONTINUE", "HOLD", "HALT"}
-    assert any(unscored)
-    released = [
-        (before, after)
-        for report in reports
-        for before, after in zip(report.trace.verdict, report.trace.verdict[1:], strict=False)
-    ]
-    assert ("HOLD", "CONTINUE") in released
+    seen = set()
+    for n in range(6):
+        free = random_bundle(rng, reads_prompt=reads_prompt)
+        bundle = with_tiers(free, rng, on_unscored=on_unscored)
+        reports = live(bundle, rng, 20)
+        Recording.from_reports(reports, bundle).save(tmp_path / str(n))
+        recording = Recording.load(tmp_path / str(n))
+        assert_as_recorded(recording, bundle, reports)
+        unscored = [report.unscored for report in reports]
+        assert rejudge(recording, bundle).unscored.tolist() == unscored
+        assert any(unscored)
+        seen |= {pair for report in reports for pair in pairwise(["", *report.trace.verdict])}
+    # The case is worth its name: streams are held, let go and halted.
+    assert {("CONTINUE", "HOLD"), ("HOLD", "CONTINUE"), ("HALT", "HALT")} <= seen
 
 
 @pytest.mark.parametrize(("slots", "rows", "window"), [(1, 1, 7), (3, 50, 16), (256, 1 << 16, 64)])
 def test_batches_and_windows_change_nothing(rng, monkeypatch, slots, rows, window):
-    bundle = random_bundle(rng, tiers=TIERS)
+    bundle = with_tiers(random_bundle(rng), rng)
     reports = live(bundle, rng, 12)
     for name, value in (("_SLOTS", slots), ("_ROWS", rows), ("_WINDOW", window)):
         monkeypatch.setattr(rejudge_module, name, value)
@@ -242,7 +253,7 @@ def test_a_sweep_is_one_judgement_per_threshold(rng, on_unscored):
     recording = random_recording(rng, bundle, 60)
     free = rejudge(recording, bundle, policy=toy.policy(tiers={"moderate": TIERS["moderate"]}))
     hit = rng.choice(free.risk[~np.isnan(free.risk)], 3).astype(np.float64)  # reached exactly
-    thresholds = [0.0, 1.0, *rng.random(5), *hit, *np.nextafter(hit.astype(np.float32), 2)]
+    thresholds = [0.0, 1.0, *rng.random(5), *hit, *np.nextafter(hit.astype(np.float32), np.float32(1))]
     depths = [1, 3, "turn"]
     found = sweep(recording, bundle, thresholds, horizons=[3, 0], hold_backs=depths)
     truth = Outcomes.of(recording, free, [HAZARD])
