@@ -32,7 +32,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(fresh_seed())
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", [1, 50, 1 << 20])
@@ -173,7 +173,7 @@ def test_other_tables_are_refused(rng, tmp_path):
         Recording.load(_rewritten(tmp_path / "trace", table=changed))
 
 
-# ---- what a recording must be ---------------------------------------------------------------------
+# ---- what a recording must be --------------------------------------------------------------------
 
 
 def _changed(array: np.ndarray, at: int, value: Any) -> np.ndarray:
@@ -247,7 +247,7 @@ def test_probes_hash_speaks_of_what_logits_depend_on(rng):
     assert len({before, *others}) == 4
 
 
-# ---- live streams ---------------------------------------------------------------------------------
+# ---- live streams --------------------------------------------------------------------------------
 
 
 def _reports(lengths: list[int], *, trace: int, bundle: Any = None) -> tuple[list[Any], Any]:
