@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
-
 import toy
 from kernel_cases import fresh_seed
+from recordings import same
+
 from midstream import testbed
 from midstream.bundle import WrongModelError
 from midstream.commands.record import record_file
@@ -21,7 +22,6 @@ from midstream.measure.record import record
 from midstream.measure.recording import TIER, Recording, RecordingError
 from midstream.measure.rejudge import rejudge
 from midstream.monitor import Monitor
-from recordings import same
 
 WORDS = [word for word in toy.WORDS[4:] if word != "abcdef"]
 

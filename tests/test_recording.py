@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 import toy
 from kernel_cases import fresh_seed
+from recordings import random_bundle, random_recording, same
+
 from midstream.measure import recording_file
 from midstream.measure.recording import (
     TIER,
@@ -24,7 +25,6 @@ from midstream.measure.recording import (
     concatenate,
     probes_hash,
 )
-from recordings import random_bundle, random_recording, same
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 import toy
 from kernel_cases import fresh_seed
+from recordings import HAZARD, random_bundle, random_chain, random_recording
+
 from midstream import testbed
 from midstream.bundle import Bundle, BundleError
 from midstream.holdback import HoldBack
@@ -26,7 +27,6 @@ from midstream.measure.sweep import sweep
 from midstream.monitor import Monitor
 from midstream.policy import Policy, PolicyError, Thresholds
 from midstream.streams import StreamReport
-from recordings import HAZARD, random_bundle, random_chain, random_recording
 
 TIERS = {
     "strict": Thresholds(horizon=9, halt_at=0.75, hold_at=0.4, release_at=0.3),
