@@ -7,7 +7,7 @@ O(B E) for the others; see `midstream.measure.bootstrap` for the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,9 +100,7 @@ class Measured:
         return NEVER if held == "turn" else held
 
 
-def response_columns(
-    recording: Recording, bundle: Bundle, hazards: Sequence[str]
-) -> list[int]:
+def response_columns(recording: Recording, bundle: Bundle, hazards: Sequence[str]) -> list[int]:
     """Columns of the logits of the probes that read the response for one of ``hazards``."""
     return [
         recording.probes.index(probe.name)
@@ -224,19 +222,13 @@ def halting(m: Measured) -> dict[str, Figure]:
     timed = o.located & o.stopped
     no_halt = "no violating response was halted"
     delay = np.maximum(o.halt - violates_at, 0)
-    labelled = np.bincount(o.stream[o.label == 1], minlength=len(o))
     return {
         "recall": b.rate(o.stopped, o.violating, undefined="no violating response"),
         "false_halt_rate": b.rate(o.stopped, o.safe, undefined="no safe response"),
         "missed_rate": b.rate(
             halts.missed, o.located, undefined="no response with a known violating token"
         ),
-        "leaked_share": b.figure(
-            lambda counts: boot.ratio(counts @ leaked, counts @ labelled),
-            len(o),
-            n=int(labelled.sum()),
-            undefined="no violating token",
-        ),
+        "leaked_share": leaked_share(m, m.hold_back),
         "share_seen_mean": b.figure(
             boot.mean(halts.seen / np.maximum(o.tokens, 1), caught),
             len(o),
@@ -268,15 +260,17 @@ def recall_at_rates(m: Measured) -> dict[str, Figure]:
     figures = {}
     for rate in FALSE_HALT_RATES:
         for key, values in (("recall", reached), ("in_time", in_time)):
-            figure = m.bootstrap.figure(
-                metrics.recall_at(peaks, values, o.safe, rate),
-                len(o),
-                n=int((~np.isnan(values)).sum()),
-                undefined="needs safe and violating responses",
+            figure = m.bootstrap.exact_at_ends(
+                m.bootstrap.figure(
+                    metrics.recall_at(peaks, values, o.safe, rate),
+                    len(o),
+                    n=int((~np.isnan(values)).sum()),
+                    undefined="needs safe and violating responses",
+                )
             )
             if figure.value is not None and safe * rate < 1:
                 note = f"{safe} safe responses cannot show {rate:.0%}: none may be halted"
-                figure = Figure(figure.value, figure.low, figure.high, figure.n, note)
+                figure = replace(figure, reason=note)
             figures[f"{key}_at_{rate:.0%}"] = figure
     return figures
 
@@ -340,19 +334,30 @@ def curves(m: Measured) -> dict[str, Any]:
 
 def leaks(m: Measured) -> list[dict[str, Any]]:
     """Share of the violating tokens that would have left, by hold-back."""
+    return [
+        {
+            "hold_back": depth,
+            "tokens": int(m.outcomes.leaked(depth).sum()),
+            "share": leaked_share(m, depth),
+        }
+        for depth in HOLD_BACKS
+    ]
+
+
+def leaked_share(m: Measured, hold_back: int) -> Figure:
+    """Share of the labelled violating tokens that left with a hold-back."""
     o = m.outcomes
+    leaked = o.leaked(hold_back)
     labelled = np.bincount(o.stream[o.label == 1], minlength=len(o))
-    rows = []
-    for depth in HOLD_BACKS:
-        out = o.leaked(depth)
-        figure = m.bootstrap.figure(
-            lambda counts, out=out: boot.ratio(counts @ out, counts @ labelled),  # type: ignore[misc]
-            len(o),
-            n=int(labelled.sum()),
-            undefined="no violating token",
-        )
-        rows.append({"hold_back": depth, "tokens": int(out.sum()), "share": figure})
-    return rows
+    figure = m.bootstrap.figure(
+        lambda counts: boot.ratio(counts @ leaked, counts @ labelled),
+        len(o),
+        n=int(labelled.sum()),
+        undefined="no violating token",
+    )
+    if figure.value == 0:
+        return replace(figure, reason="none left; resampling cannot say how rare that is")
+    return figure
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -388,8 +393,6 @@ def probes(m: Measured) -> list[dict[str, Any]]:
 
 def _prompts(o: Outcomes, last: Bools) -> Outcomes:
     """The same with a label at the last prompt token alone: that of the response."""
-    from dataclasses import replace
-
     return replace(o, label=np.where(last, o.truth[o.stream], -1).astype(np.int8))
 
 
@@ -488,7 +491,9 @@ def over_refusal(m: Measured, column: str, value: str) -> dict[str, Any]:
     values = np.array(m.recording.columns.get(column, [""] * len(m.outcomes)))
     chosen = values == value
     if column not in m.recording.columns or not chosen.any():
-        there = ", ".join(f"{k}={v}" for k, vs in m.recording.columns.items() for v in sorted(set(vs))[:5])
+        there = ", ".join(
+            f"{k}={v}" for k, vs in m.recording.columns.items() for v in sorted(set(vs))[:5]
+        )
         raise MeasureError(f"no stream has {column}={value}; there are, for instance, {there}")
     safe, stopped = m.outcomes.safe, m.outcomes.stopped
     return {
