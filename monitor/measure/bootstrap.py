@@ -189,4 +189,5 @@ def median(values: NDArray[np.int64] | Floats, among: NDArray[np.bool_]) -> Stat
 
 def ratio(part: Floats, whole: Floats) -> Floats:
     """``part / whole``, NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    shares: Floats = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    return shares

@@ -104,7 +104,7 @@ def timing(offsets: Sequence[int]) -> str:
         axes = figure.subplots()
         low, high = min(*offsets, 0), max(*offsets, 0)
         width = max(1, round((high - low + 1) / 30))
-        edges = np.arange(-width * -(-(-low) // width), high + width + 1, width) - 0.5
+        edges = np.arange(low // width * width, high + width + 1, width) - 0.5
         axes.hist(offsets, bins=edges, color=_BLUE, alpha=0.75)
         axes.axvline(0, color=_RED, linewidth=1, linestyle="--", label="violating token")
         axes.set(xlabel="halt, tokens after the violating token", ylabel="responses")
@@ -167,7 +167,8 @@ def _svg(draw: Callable[[Any], None], name: str, size: tuple[float, float]) -> s
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'midstream[plot]'") from error
-    settings = {
+    settings: Any = {
+        "text.parse_math": False,  # a dollar sign in a name is no formula
         "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and is small
         "svg.hashsalt": name,
         "font.family": "sans-serif",

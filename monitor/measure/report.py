@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from midstream.measure import drawing, evaluation, gallery
+from midstream.measure import drawing, evaluation, gallery, tables
 from midstream.measure.bootstrap import Figure
 from midstream.measure.evaluation import Measured
 
@@ -81,7 +81,7 @@ def content(
     sources : mapping of str to str
         Where the recording comes from: names, hashes.
     columns : sequence of str, optional
-        To break the figures down by; see `midstream.measure.evaluation.breakdown`.
+        To break the figures down by; see `midstream.measure.tables.breakdown`.
     look_alikes : (column, value), optional
         Selects benign texts that look harmful.
     """
@@ -91,11 +91,11 @@ def content(
         "monitor": _monitor(m),
         "data": {**sources, **_data(m)},
         "headline": found,
-        "probes": evaluation.probes(m),
+        "probes": tables.probes(m),
         "curves": evaluation.curves(m),
-        "breakdown": evaluation.breakdown(m, columns),
-        "over_refusal": evaluation.over_refusal(m, *look_alikes) if look_alikes else None,
-        "bells": evaluation.bells(m),
+        "breakdown": tables.breakdown(m, columns),
+        "over_refusal": tables.over_refusal(m, *look_alikes) if look_alikes else None,
+        "bells": tables.bells(m),
         "worst": {
             kind: [{"stream": each.stream, **each.facts} for each in exhibits]
             for kind, exhibits in gallery.worst(m).items()
