@@ -70,7 +70,6 @@ class Measured:
         outcomes = Outcomes.of(recording, judgement, hazards)
         logits = recording.logits[:, response_columns(recording, bundle, hazards)]
         scored = outcomes.position >= 0
-        score = np.where(scored, np.logaddexp(0.0, logits.astype(np.float64)).sum(axis=1), np.nan)
         return cls(
             recording=recording,
             judgement=judgement,
@@ -78,7 +77,7 @@ class Measured:
             tier=bundle.policy.tier_for(tier),
             hazards=hazards,
             outcomes=outcomes,
-            score=score if logits.shape[1] else np.full(len(score), np.nan),
+            score=np.where(scored, log_hazard(logits), np.nan),
             flagged=scored & (logits >= 0).any(axis=1),
             bootstrap=bootstrap or Bootstrap(),
         )
@@ -105,6 +104,17 @@ def response_columns(recording: Recording, bundle: Bundle, hazards: Sequence[str
         and probe.hazard in hazards
         and probe.name in recording.probes
     ]
+
+
+def log_hazard(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cumulative log-hazard of logits [N, P], ``sum(softplus(z))`` (design section 4.3), [N].
+
+    NaN where one of them is not finite, and where there is none.
+    """
+    scored = np.isfinite(logits).all(axis=1) & (logits.shape[1] > 0)
+    found = np.full(len(logits), np.nan)
+    found[scored] = np.logaddexp(0.0, logits[scored].astype(np.float64)).sum(axis=1)
+    return found
 
 
 # ---- headline ------------------------------------------------------------------------------------

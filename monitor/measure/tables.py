@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from midstream.measure import metrics, taxonomy
 from midstream.measure.bootstrap import Figure
-from midstream.measure.evaluation import Bools, Measured, one_class, ranking, response_columns
+from midstream.measure.evaluation import (
+    Bools,
+    Measured,
+    log_hazard,
+    one_class,
+    ranking,
+    response_columns,
+)
 from midstream.measure.halting import NEVER
 from midstream.measure.outcomes import MeasureError, Outcomes
 
@@ -97,9 +104,7 @@ def _hazard_row(m: Measured, hazard: str) -> dict[str, Any]:
     """Of the streams that show this hazard or none; its own probes against its own labels."""
     o = Outcomes.of(m.recording, m.judgement, [hazard])
     columns = response_columns(m.recording, m.bundle, [hazard])
-    logits = m.recording.logits[:, columns].astype(np.float64)
-    score = np.logaddexp(0.0, logits).sum(axis=1) if columns else np.full(len(o.stream), np.nan)
-    score[o.position < 0] = np.nan
+    score = np.where(o.position >= 0, log_hazard(m.recording.logits[:, columns]), np.nan)
     chosen = o.violating | ((o.truth == 0) & (m.outcomes.truth == 0))
     row = _row(m, taxonomy.hazard_name(hazard), chosen, o, score)
     return row if hazard in m.hazards else {**row, "note": "no probe of the bundle looks for it"}
