@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from midstream.engines.hf.scoring import TextScore
 
@@ -28,18 +28,30 @@ def read(path: Path, field: str) -> Iterator[dict[str, Any]]:
         For a line that is no JSON object, no CSV, or one without a text under ``field``, and for a
         file that is not UTF-8.
     """
+    for number, row in records(path, "csv" if path.suffix == ".csv" else "jsonl"):
+        text = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise TextInputError(
+                f"{path}, line {number}: no text under {field!r}; give --field, or fix the line"
+            )
+        yield row
+
+
+def records(path: Path, format: Literal["jsonl", "csv"]) -> Iterator[tuple[int, Any]]:
+    """Read JSON values or rows of a CSV, each with the number of its line; ``-`` is standard input.
+
+    Raises
+    ------
+    TextInputError
+        For a line that is no JSON, no CSV, or not UTF-8.
+    """
     with _open(path) as stream:
-        if path.suffix == ".csv":
-            rows = _table(stream, path)
+        if format == "csv":
+            yield from _table(stream, path)
         else:
-            rows = ((n, _parse(line, path, n)) for n, line in enumerate(stream, 1) if line.strip())
-        for number, row in rows:
-            text = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                raise TextInputError(
-                    f"{path}, line {number}: no text under {field!r}; give --field, or fix the line"
-                )
-            yield row
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, _parse(line, path, number)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -110,4 +110,16 @@ class Example(_Strict):
         return self
 
 
+def conversation_of(example: Example) -> str:
+    """Text of the conversation before the response; empty where only the system has spoken."""
+    if all(message.role == "system" for message in example.messages):
+        return ""
+    return "\n".join(f"{message.role}: {message.content}" for message in example.messages)
+
+
+def group_of(example: Example) -> str:
+    """Group of an example: as given, else the text of its conversation, else its id."""
+    return example.group or conversation_of(example) or example.id
+
+
 Level = Literal["token", "response", "prompt"]

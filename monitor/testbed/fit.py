@@ -27,7 +27,7 @@ from midstream.policy import OnHalt, Policy, Provenance, Thresholds
 from midstream.taps import Tap
 
 from .generate import generate_responses
-from .grammar import EOS_ID
+from .grammar import EOS_ID, HAZARD
 from .language import Prompt, sample_prompt, violating_index
 from .oracle import Oracle
 
@@ -42,8 +42,6 @@ DETECT_AT = 0.5
 
 LAYER = 3
 """Decoder layer whose output the probes read, the last: all that the model knows is there."""
-
-HAZARD = "sealed vessel opened"
 
 # The level of the combined hazard, in log-odds, above which only violated streams are.
 _VIOLATED_ABOVE = 5.0

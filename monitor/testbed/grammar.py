@@ -32,6 +32,10 @@ STATES: Final = ("refusing", "calm", "curious", "bold", "critical", "violated")
 VIOLATED: Final = len(STATES) - 1
 REFUSING: Final = 0
 
+#: Names of the labels: of a violation (and of a prompt that asks for one), and of a refusal.
+HAZARD: Final = "sealed vessel opened"
+REFUSAL: Final = "refusal"
+
 #: Where a response starts, by kind of prompt (columns are `STATES`).
 START: Final = {
     False: (0.05, 0.80, 0.148, 0.00, 0.00, 0.002),

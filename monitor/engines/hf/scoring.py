@@ -6,7 +6,7 @@ Decoders and encoders alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -92,34 +92,92 @@ def _score_batch(
     monitor: Monitor,
     tier: str | None,
 ) -> list[TextScore]:
-    body = getattr(model, model.base_model_prefix, model)  # the logits are not needed
-    encodings = _encode(body, tokenizer, texts)
+    encodings = _encode(getattr(model, model.base_model_prefix, model), tokenizer, texts)
     offsets = [_spans(encoding) for encoding in encodings]
     for text, spans in zip(texts, offsets, strict=True):
         if not spans:
             raise UnsupportedGenerationError(
                 f"the text {text!r} has no token to score; leave it out"
             )
-        if len(spans) > (kept := monitor.slots.trace_position.shape[1]):
+    given = [
+        GivenTokens(
+            name,
+            encoding.ids,
+            judged=[not special for special in encoding.special_tokens_mask],
+            never_fed=sum(len(_spans(cut)) for cut in encoding.overflowing),
+        )
+        for encoding, name in zip(encodings, names, strict=False)
+    ]
+    reports = feed(model, given, monitor, tier=tier)
+    return [TextScore(report, spans) for report, spans in zip(reports, offsets, strict=True)]
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """One row of a batch for :func:`feed`.
+
+    Attributes
+    ----------
+    stream : str
+        Labels its report.
+    ids : sequence of int
+        All that the model is fed.
+    judged : sequence of bool
+        False for tokens that only give context, such as the special ones around a text: they have
+        no position, no score, and do not count as unscored.
+    prompt_tokens : int
+        Judged tokens before the response.
+    never_fed : int
+        Tokens that the model's window cuts off.
+    """
+
+    stream: str
+    ids: Sequence[int]
+    judged: Sequence[bool]
+    prompt_tokens: int = 0
+    never_fed: int = 0
+
+
+def feed(
+    model: Any, batch: Sequence[GivenTokens], monitor: Monitor, *, tier: str | None = None
+) -> list[StreamReport]:
+    """Feed given tokens in one forward pass, and judge them as if they had just been generated.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    batch : sequence of GivenTokens
+    monitor : Monitor
+        With a free slot for each, and a ``trace`` as long as the longest.
+    tier : str, optional
+
+    Raises
+    ------
+    UnsupportedGenerationError
+        For a trace that is too short, and for a model that something else watches.
+    """
+    for row in batch:
+        tokens, kept = sum(row.judged), monitor.slots.trace_position.shape[1]
+        if tokens > kept:
             raise UnsupportedGenerationError(
-                f"a text has {len(spans)} tokens, the monitor keeps {kept}; build it with "
-                f"trace={len(spans)}"
+                f"a text has {tokens} tokens, the monitor keeps {kept}; build it with "
+                f"trace={tokens}"
             )
     check_unwatched(model)
     slots: list[int] = []
     # Only now: between two batches the reader may do what it likes with model and monitor.
     with monitor.exclusive(), attach_taps(model, monitor.bank.taps, monitor.observe):
         try:
-            for _, name in zip(texts, names, strict=False):
-                slots.append(monitor.admit(name, 0, tier))
-            _forward(body, encodings, monitor, slots)
+            for row in batch:
+                slots.append(monitor.admit(row.stream, row.prompt_tokens, tier))
+            _forward(getattr(model, model.base_model_prefix, model), batch, monitor, slots)
         finally:
             monitor.discard()
             reports = [
-                monitor.retire(slot, never_fed=sum(len(_spans(cut)) for cut in text.overflowing))
-                for slot, text in zip(slots, encodings, strict=False)
+                monitor.retire(slot, never_fed=row.never_fed)
+                for slot, row in zip(slots, batch, strict=False)
             ]
-    return [TextScore(report, spans) for report, spans in zip(reports, offsets, strict=True)]
+    return reports
 
 
 def _encode(body: Any, tokenizer: Any, texts: list[str]) -> list[Encoding]:
@@ -141,20 +199,21 @@ def _spans(encoding: Encoding) -> list[tuple[int, int]]:
     return [span for span, special in tokens if not special]
 
 
-def _padded(rows: list[list[int]]) -> Tensor:
+def _padded(rows: Iterable[Sequence[int]]) -> Tensor:
     """Pad on the right with 0, where neither causal attention nor absolute positions notice."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 @torch.inference_mode()
-def _forward(body: Any, encodings: list[Encoding], monitor: Monitor, slots: list[int]) -> None:
-    ids = _padded([e.ids for e in encodings]).to(body.device)
-    present = _padded([[1] * len(e.ids) for e in encodings]).to(body.device)
-    real = _padded([[1 - special for special in e.special_tokens_mask] for e in encodings]).bool()
+def _forward(body: Any, batch: Sequence[GivenTokens], monitor: Monitor, slots: list[int]) -> None:
+    """Run all but the head of the model, whose logits are not needed."""
+    ids = _padded(row.ids for row in batch).to(body.device)
+    present = _padded([1] * len(row.ids) for row in batch).to(body.device)
+    judged = _padded(row.judged for row in batch).bool()
     cacheless = "use_cache" in inspect.signature(body.forward).parameters
     body(input_ids=ids, attention_mask=present, **({"use_cache": False} if cacheless else {}))
-    slot = torch.where(real, torch.tensor(slots)[:, None], -1)
-    position = real.cumsum(dim=1) - 1
+    slot = torch.where(judged, torch.tensor(slots)[:, None], -1)
+    position = judged.cumsum(dim=1) - 1
     monitor.advance(
         slot.flatten().to(monitor.device, torch.int32),
         position.flatten().to(monitor.device, torch.int32),
