@@ -55,6 +55,8 @@ class Measured:
     ) -> Measured:
         """Compare the labels of the hazards that the bundle watches with the judgement.
 
+        ``tier`` is the one that was judged by; the policy's default when not given.
+
         Raises
         ------
         MeasureError
@@ -74,7 +76,7 @@ class Measured:
             recording=recording,
             judgement=judgement,
             bundle=bundle,
-            tier=bundle.policy.tier_for(tier),
+            tier=tier or bundle.policy.default_tier,
             hazards=hazards,
             outcomes=outcomes,
             score=np.where(scored, log_hazard(logits), np.nan),

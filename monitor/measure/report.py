@@ -124,8 +124,8 @@ def to_html(m: Measured, found: Content) -> str:
         cards=CARDS,
         plots=_plots(m, found),
         worst=gallery.worst(m),
-        show=_show,
-        interval=_interval,
+        show=show,
+        interval=show_interval,
         level=m.bootstrap.level,
         resamples=m.bootstrap.resamples,
     )
@@ -315,13 +315,15 @@ def _plots(m: Measured, found: Content) -> dict[str, str]:
     return plots
 
 
-def _show(figure: Figure, unit: str) -> str:
+def show(figure: Figure, unit: str) -> str:
+    """Value as a reader wants it."""
     if figure.value is None:
         return "not defined"
     return _number(figure.value, unit)
 
 
-def _interval(figure: Figure, unit: str) -> str:
+def show_interval(figure: Figure, unit: str) -> str:
+    """Bounds as a reader wants them; empty where there are none."""
     if figure.low is None or figure.high is None:
         return ""
     return f"{_number(figure.low, unit)} – {_number(figure.high, unit)}"
