@@ -419,7 +419,7 @@ def test_one_class_is_a_reason_and_no_number() -> None:
     rec, judged = recording(np.random.default_rng(fresh_seed()), 40)
     calm = dataclasses.replace(
         rec,
-        labels=np.zeros_like(rec.labels),
+        labels=np.where(rec.in_response[:, None], 0, rec.labels).astype(np.int8),
         response_labels=np.zeros_like(rec.response_labels),
     )
     m = Measured.of(calm, judged, bundle(), bootstrap=ONCE)
@@ -494,6 +494,7 @@ def test_probes_are_ranked_by_what_they_read() -> None:
     known = (o.label >= 0) & ~np.isnan(b)
     expected = roc_auc_score(o.label[known], b[known])
     assert rows["b"]["auroc"].value == pytest.approx(expected)
+    assert rows["b"]["f1"].value == pytest.approx(f1_score(o.label[known], b[known] >= 0))
     last = (o.position == -1) & ~np.isnan(prompt) & (o.truth[o.stream] >= 0)
     expected = roc_auc_score(o.truth[o.stream[last]], prompt[last])
     assert rows["prompt"]["auroc"].value == pytest.approx(expected)

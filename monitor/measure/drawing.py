@@ -129,7 +129,7 @@ def risk_curves(curves: Sequence[RiskCurve], threshold: float) -> str:
                     curve.halted_at, color=_GREEN, linewidth=1.4, linestyle="--", label="halt"
                 )
             axes.set(ylim=(-0.02, 1.05), yticks=(0, 0.5, 1), ylabel="risk")
-            axes.set_title(curve.title, loc="left")
+            axes.set_title(_short(curve.title, 90), loc="left")
             axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_xlabel("response token")
 
@@ -141,19 +141,32 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: NDArray[np.flo
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=0.5, vmax=1.0, aspect="auto")
-        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-        axes.set_yticks(range(len(rows)), rows)
+        # cells one by one: a picture of pixels would blur, and stand in the page as one
+        axes.pcolormesh(np.ma.masked_invalid(values), cmap="viridis", vmin=0.5, vmax=1.0)
+        axes.invert_yaxis()
+        axes.set_xticks(np.arange(len(columns)) + 0.5, below, rotation=45, ha="right")
+        axes.set_yticks(np.arange(len(rows)) + 0.5, beside)
         axes.tick_params(length=0)
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 shade = "#ffffff" if value < 0.74 else "#111111"
-                axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=shade)
+                place = (column + 0.5, row + 0.5)
+                axes.text(*place, f"{value:.3f}", ha="center", va="center", color=shade)
         for side in axes.spines.values():
             side.set_visible(False)
 
-    size = (1.8 + 0.75 * len(columns), 1.3 + 0.42 * len(rows))
+    below, beside = ([_short(name) for name in names] for names in (columns, rows))
+    widest, deepest = (max(map(len, names)) for names in (beside, below))
+    size = (
+        0.5 + 0.08 * widest + 0.06 * deepest + 0.75 * len(columns),
+        0.5 + 0.06 * deepest + 0.42 * len(rows),
+    )
     return _svg(draw, "heat", size)
+
+
+def _short(name: str, most: int = 40) -> str:
+    """What a plot has room for; the tables have the whole name."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _square(axes: Any, x: str, y: str) -> None:

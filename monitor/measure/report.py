@@ -60,7 +60,7 @@ CARDS = (
     "false_halt_rate",
     "lead_tokens_median",
     "share_seen_mean",
-    "token_auroc_risk",
+    "token_auroc_probes",
 )
 
 Content = dict[str, Any]
@@ -231,11 +231,12 @@ def limits(m: Measured, found: Mapping[str, Figure]) -> list[str]:
     lost = sorted({h for h in m.bundle.bank.hazards if h not in m.hazards})
     if lost:
         said.append(f"No labels, so not measured: {', '.join(lost)}.")
-    if m.thresholds.horizon and m.tier:
+    if found["token_auroc_risk"].value is not None:
+        ahead = m.thresholds.horizon
         said.append(
-            f"The tier looks {m.thresholds.horizon} tokens ahead, so high risk before a violation "
-            "is its purpose; by the token labels it still counts as a false positive in the "
-            "token figures of the risk."
+            "The figures by token take the risk for a detector. It stays high after a violation, "
+            + (f"and rises up to {ahead} tokens before one, " if ahead else "")
+            + "on purpose; a token there that is labelled safe still counts against it."
         )
     if found["span_f1_characters"].value is not None:
         said.append(

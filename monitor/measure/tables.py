@@ -37,7 +37,7 @@ def probes(m: Measured) -> list[dict[str, Any]]:
             continue
         logits = m.recording.logits[:, m.recording.probes.index(probe.name)].astype(np.float64)
         if probe.hazard not in m.recording.hazards:
-            figures = dict.fromkeys(("auroc", "auprc"), Figure(None, reason="no labels"))
+            figures = dict.fromkeys(("auroc", "auprc", "f1"), Figure(None, reason="no labels"))
         else:
             o = Outcomes.of(m.recording, m.judgement, [probe.hazard])
             if probe.reads == "prompt":
@@ -45,6 +45,14 @@ def probes(m: Measured) -> list[dict[str, Any]]:
                 o = _prompts(o, last)
             found = ranking(m.bootstrap, o, logits, "")
             figures = {key: found[f"token_{key}_"] for key in ("auroc", "auprc")}
+            known = (o.label >= 0) & np.isfinite(logits)
+            flagged, labels = logits[known] >= 0, o.label[known] == 1
+            figures["f1"] = m.bootstrap.figure(
+                metrics.f1(flagged, labels, o.stream[known], len(o)),
+                len(o),
+                n=int(known.sum()),
+                undefined="nothing is violating or flagged",
+            )
         rows.append(
             {
                 "probe": probe.name,
