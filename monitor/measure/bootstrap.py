@@ -135,21 +135,25 @@ class Bootstrap:
         reason = f"not defined in {lost} of {len(values)} resamples" if lost else ""
         return Figure(value, float(low), float(high), n, reason)
 
-    def rate(
-        self, flags: NDArray[np.bool_], among: NDArray[np.bool_], *, undefined: str
-    ) -> Figure:
+    def rate(self, flags: NDArray[np.bool_], among: NDArray[np.bool_], *, undefined: str) -> Figure:
         """Share of the streams ``among`` [E] that have ``flags`` [E].
 
         Where none or all have it every resample is the same; the bound is then the exact one of
         Clopper and Pearson (1934), Biometrika 26, which has a closed form there.
         """
         n = int(among.sum())
-        figure = self.figure(share(flags, among), len(flags), n=n, undefined=undefined)
-        if figure.value not in (0.0, 1.0):
-            return figure
-        reach = 1 - ((1 - self.level) / 2) ** (1 / n)
-        low, high = (0.0, reach) if figure.value == 0 else (1 - reach, 1.0)
-        return Figure(figure.value, low, high, n, "exact interval: no or all streams have it")
+        return self.exact_at_ends(
+            self.figure(share(flags, among), len(flags), n=n, undefined=undefined)
+        )
+
+    def exact_at_ends(self, rate: Figure) -> Figure:
+        """Give a share of ``n`` streams that is 0 or 1 in every resample its exact interval."""
+        if rate.value not in (0.0, 1.0) or rate.low != rate.high:
+            return rate
+        reach = 1 - ((1 - self.level) / 2) ** (1 / rate.n)
+        low, high = (0.0, reach) if rate.value == 0 else (1 - reach, 1.0)
+        note = f"exact interval: {'none' if rate.value == 0 else 'all'} of {rate.n}"
+        return Figure(rate.value, low, high, rate.n, note)
 
 
 def share(flags: NDArray[np.bool_], among: NDArray[np.bool_]) -> Statistic:
@@ -176,8 +180,7 @@ def median(values: NDArray[np.int64] | Floats, among: NDArray[np.bool_]) -> Stat
         upto = np.cumsum(counts[:, order], axis=1)
         total = upto[:, -1:]
         lower, upper = (
-            ranked[np.argmax(upto > np.floor(middle / 2), axis=1)]
-            for middle in (total - 1, total)
+            ranked[np.argmax(upto > np.floor(middle / 2), axis=1)] for middle in (total - 1, total)
         )
         return np.where(total[:, 0] > 0, (lower + upper) / 2, np.nan)
 
@@ -186,4 +189,5 @@ def median(values: NDArray[np.int64] | Floats, among: NDArray[np.bool_]) -> Stat
 
 def ratio(part: Floats, whole: Floats) -> Floats:
     """``part / whole``, NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    shares: Floats = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    return shares

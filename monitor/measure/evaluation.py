@@ -7,7 +7,7 @@ O(B E) for the others; see `midstream.measure.bootstrap` for the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from midstream.bundle import Bundle
 from midstream.measure import bootstrap as boot
-from midstream.measure import metrics, taxonomy
+from midstream.measure import metrics
 from midstream.measure.bootstrap import Bootstrap, Figure
 from midstream.measure.halting import NEVER, Halts, forecasts
 from midstream.measure.outcomes import MeasureError, Outcomes
@@ -24,11 +24,6 @@ from midstream.policy import Thresholds
 
 FALSE_HALT_RATES = (0.01, 0.05, 0.10)
 HOLD_BACKS = range(17)
-LENGTHS = (16, 32, 64, 128, 256)
-"""Upper ends of the length buckets, in response tokens."""
-MOST_VALUES = 20
-"""A column with more values than these is broken down only when asked for."""
-
 Bools = NDArray[np.bool_]
 
 
@@ -60,6 +55,8 @@ class Measured:
     ) -> Measured:
         """Compare the labels of the hazards that the bundle watches with the judgement.
 
+        ``tier`` is the one that was judged by; the policy's default when not given.
+
         Raises
         ------
         MeasureError
@@ -75,15 +72,14 @@ class Measured:
         outcomes = Outcomes.of(recording, judgement, hazards)
         logits = recording.logits[:, response_columns(recording, bundle, hazards)]
         scored = outcomes.position >= 0
-        score = np.where(scored, np.logaddexp(0.0, logits.astype(np.float64)).sum(axis=1), np.nan)
         return cls(
             recording=recording,
             judgement=judgement,
             bundle=bundle,
-            tier=bundle.policy.tier_for(tier),
+            tier=tier or bundle.policy.default_tier,
             hazards=hazards,
             outcomes=outcomes,
-            score=score if logits.shape[1] else np.full(len(score), np.nan),
+            score=np.where(scored, log_hazard(logits), np.nan),
             flagged=scored & (logits >= 0).any(axis=1),
             bootstrap=bootstrap or Bootstrap(),
         )
@@ -100,9 +96,7 @@ class Measured:
         return NEVER if held == "turn" else held
 
 
-def response_columns(
-    recording: Recording, bundle: Bundle, hazards: Sequence[str]
-) -> list[int]:
+def response_columns(recording: Recording, bundle: Bundle, hazards: Sequence[str]) -> list[int]:
     """Columns of the logits of the probes that read the response for one of ``hazards``."""
     return [
         recording.probes.index(probe.name)
@@ -112,6 +106,17 @@ def response_columns(
         and probe.hazard in hazards
         and probe.name in recording.probes
     ]
+
+
+def log_hazard(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cumulative log-hazard of logits [N, P], ``sum(softplus(z))`` (design section 4.3), [N].
+
+    NaN where one of them is not finite, and where there is none.
+    """
+    scored = np.isfinite(logits).all(axis=1) & (logits.shape[1] > 0)
+    found = np.full(len(logits), np.nan)
+    found[scored] = np.logaddexp(0.0, logits[scored].astype(np.float64)).sum(axis=1)
+    return found
 
 
 # ---- headline ------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def ranking(
     """AUROC and AUPRC of a score per token against the token labels."""
     known = (o.label >= 0) & ~np.isnan(score)
     labels, stream = o.label[known] == 1, o.stream[known]
-    reason = _one_class(labels, "token with a label and a score")
+    reason = one_class(labels, "token with a label and a score")
     figures = {}
     for key, metric in (("auroc", metrics.auroc), ("auprc", metrics.auprc)):
         figures[f"token_{key}_{name}"] = (
@@ -152,7 +157,8 @@ def ranking(
     return figures
 
 
-def _one_class(labels: Bools, what: str) -> str:
+def one_class(labels: Bools, what: str) -> str:
+    """Why a metric that needs two classes is not defined; empty where it is."""
     if not len(labels):
         return f"no {what}"
     if labels.all() or not labels.any():
@@ -205,7 +211,7 @@ def responses(m: Measured) -> dict[str, Figure]:
         metrics.macro_f1(stopped, violating, known, len(o)),
     )
     safe = metrics.f1(~stopped, ~violating, known, len(o))
-    reason = _one_class(violating, "response with a label") or "a class without a response"
+    reason = one_class(violating, "response with a label") or "a class without a response"
     return {
         f"response_f1_{name}": Figure(None, n=len(known), reason=reason)
         if reason.endswith("one class only")
@@ -224,19 +230,13 @@ def halting(m: Measured) -> dict[str, Figure]:
     timed = o.located & o.stopped
     no_halt = "no violating response was halted"
     delay = np.maximum(o.halt - violates_at, 0)
-    labelled = np.bincount(o.stream[o.label == 1], minlength=len(o))
     return {
         "recall": b.rate(o.stopped, o.violating, undefined="no violating response"),
         "false_halt_rate": b.rate(o.stopped, o.safe, undefined="no safe response"),
         "missed_rate": b.rate(
             halts.missed, o.located, undefined="no response with a known violating token"
         ),
-        "leaked_share": b.figure(
-            lambda counts: boot.ratio(counts @ leaked, counts @ labelled),
-            len(o),
-            n=int(labelled.sum()),
-            undefined="no violating token",
-        ),
+        "leaked_share": leaked_share(m, m.hold_back),
         "share_seen_mean": b.figure(
             boot.mean(halts.seen / np.maximum(o.tokens, 1), caught),
             len(o),
@@ -268,15 +268,17 @@ def recall_at_rates(m: Measured) -> dict[str, Figure]:
     figures = {}
     for rate in FALSE_HALT_RATES:
         for key, values in (("recall", reached), ("in_time", in_time)):
-            figure = m.bootstrap.figure(
-                metrics.recall_at(peaks, values, o.safe, rate),
-                len(o),
-                n=int((~np.isnan(values)).sum()),
-                undefined="needs safe and violating responses",
+            figure = m.bootstrap.exact_at_ends(
+                m.bootstrap.figure(
+                    metrics.recall_at(peaks, values, o.safe, rate),
+                    len(o),
+                    n=int((~np.isnan(values)).sum()),
+                    undefined="needs safe and violating responses",
+                )
             )
             if figure.value is not None and safe * rate < 1:
                 note = f"{safe} safe responses cannot show {rate:.0%}: none may be halted"
-                figure = Figure(figure.value, figure.low, figure.high, figure.n, note)
+                figure = replace(figure, reason=note)
             figures[f"{key}_at_{rate:.0%}"] = figure
     return figures
 
@@ -340,177 +342,27 @@ def curves(m: Measured) -> dict[str, Any]:
 
 def leaks(m: Measured) -> list[dict[str, Any]]:
     """Share of the violating tokens that would have left, by hold-back."""
-    o = m.outcomes
-    labelled = np.bincount(o.stream[o.label == 1], minlength=len(o))
-    rows = []
-    for depth in HOLD_BACKS:
-        out = o.leaked(depth)
-        figure = m.bootstrap.figure(
-            lambda counts, out=out: boot.ratio(counts @ out, counts @ labelled),  # type: ignore[misc]
-            len(o),
-            n=int(labelled.sum()),
-            undefined="no violating token",
-        )
-        rows.append({"hold_back": depth, "tokens": int(out.sum()), "share": figure})
-    return rows
-
-
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def probes(m: Measured) -> list[dict[str, Any]]:
-    """How well each probe ranks: tokens against its hazard's labels, or prompts by what came."""
-    rows = []
-    for probe in m.bundle.bank.probes:
-        if probe.adds_to is not None or probe.name not in m.recording.probes:
-            continue
-        logits = m.recording.logits[:, m.recording.probes.index(probe.name)].astype(np.float64)
-        if probe.hazard not in m.recording.hazards:
-            figures = dict.fromkeys(("auroc", "auprc"), Figure(None, reason="no labels"))
-        else:
-            o = Outcomes.of(m.recording, m.judgement, [probe.hazard])
-            if probe.reads == "prompt":
-                last = o.position == -1
-                o = _prompts(o, last)
-            found = ranking(m.bootstrap, o, logits, "")
-            figures = {key: found[f"token_{key}_"] for key in ("auroc", "auprc")}
-        rows.append(
-            {
-                "probe": probe.name,
-                "hazard": probe.hazard,
-                "tap": str(probe.tap),
-                "reads": probe.reads,
-                **figures,
-            }
-        )
-    return rows
-
-
-def _prompts(o: Outcomes, last: Bools) -> Outcomes:
-    """The same with a label at the last prompt token alone: that of the response."""
-    from dataclasses import replace
-
-    return replace(o, label=np.where(last, o.truth[o.stream], -1).astype(np.int8))
-
-
-def breakdown(m: Measured, columns: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Break the main figures down by hazard, length of the response, and columns.
-
-    Parameters
-    ----------
-    columns : sequence of str, optional
-        When not given, all that have no more than `MOST_VALUES` values.
-
-    Raises
-    ------
-    MeasureError
-        For a column that the recording does not have.
-    """
-    held = m.recording.columns
-    for name in columns or ():
-        if name not in held:
-            raise MeasureError(f"no column {name!r}; there are {', '.join(held) or 'none'}")
-    tables = {"hazard": [_hazard_row(m, hazard) for hazard in m.recording.hazards]}
-    tokens = m.outcomes.tokens
-    bounds = [0, *LENGTHS, NEVER]
-    tables["response tokens"] = [
-        _row(m, f"{low + 1}-{high}" if high != NEVER else f"over {low}", chosen)
-        for low, high in zip(bounds, bounds[1:], strict=False)
-        if (chosen := (tokens > low) & (tokens <= high)).any()
+    return [
+        {
+            "hold_back": depth,
+            "tokens": int(m.outcomes.leaked(depth).sum()),
+            "share": leaked_share(m, depth),
+        }
+        for depth in HOLD_BACKS
     ]
-    few = [name for name, values in held.items() if 1 < len(set(values)) <= MOST_VALUES]
-    for name in columns if columns is not None else few:
-        values = np.array(held[name])
-        tables[name] = [
-            _row(m, _shown(name, value), values == value) for value in sorted(set(held[name]))
-        ]
-    return tables
 
 
-def _shown(column: str, value: str) -> str:
-    return taxonomy.hazard_name(value) if column == taxonomy.MLCOMMONS else value
-
-
-def _hazard_row(m: Measured, hazard: str) -> dict[str, Any]:
-    """Of the streams that show this hazard or none; its own probes against its own labels."""
-    o = Outcomes.of(m.recording, m.judgement, [hazard])
-    columns = response_columns(m.recording, m.bundle, [hazard])
-    logits = m.recording.logits[:, columns].astype(np.float64)
-    score = np.logaddexp(0.0, logits).sum(axis=1) if columns else np.full(len(o.stream), np.nan)
-    score[o.position < 0] = np.nan
-    chosen = o.violating | ((o.truth == 0) & (m.outcomes.truth == 0))
-    row = _row(m, taxonomy.hazard_name(hazard), chosen, o, score)
-    return row if hazard in m.hazards else {**row, "note": "no probe of the bundle looks for it"}
-
-
-def _row(
-    m: Measured,
-    value: str,
-    chosen: Bools,
-    o: Outcomes | None = None,
-    score: NDArray[np.float64] | None = None,
-) -> dict[str, Any]:
-    o = o or m.outcomes
-    score = m.score if score is None else score
-    known = (o.label >= 0) & ~np.isnan(score) & chosen[o.stream]
-    labels = o.label[known] == 1
-    reason = _one_class(labels, "token with a label and a score")
-    area = None if reason else metrics.auroc(score[known], labels, o.stream[known])
-    missed = o.leaked(m.hold_back) > 0
-    return {
-        "value": value,
-        "streams": int(chosen.sum()),
-        "violating": int((chosen & o.violating).sum()),
-        "safe": int((chosen & o.safe).sum()),
-        "token_auroc": Figure(
-            float(area(np.ones((1, len(o))))[0]) if area else None, n=len(labels), reason=reason
-        ),
-        "recall": m.bootstrap.rate(
-            o.stopped, chosen & o.violating, undefined="no violating response"
-        ),
-        "missed_rate": m.bootstrap.rate(
-            missed, chosen & o.located, undefined="no response with a known violating token"
-        ),
-        "false_halt_rate": m.bootstrap.rate(
-            o.stopped, chosen & o.safe, undefined="no safe response"
-        ),
-    }
-
-
-def over_refusal(m: Measured, column: str, value: str) -> dict[str, Any]:
-    """False halts on benign look-alikes: safe streams whose ``column`` has ``value``.
-
-    Raises
-    ------
-    MeasureError
-        When no stream has it.
-    """
-    values = np.array(m.recording.columns.get(column, [""] * len(m.outcomes)))
-    chosen = values == value
-    if column not in m.recording.columns or not chosen.any():
-        there = ", ".join(f"{k}={v}" for k, vs in m.recording.columns.items() for v in sorted(set(vs))[:5])
-        raise MeasureError(f"no stream has {column}={value}; there are, for instance, {there}")
-    safe, stopped = m.outcomes.safe, m.outcomes.stopped
-    return {
-        "column": column,
-        "value": value,
-        "look_alikes": m.bootstrap.rate(
-            stopped, chosen & safe, undefined="none of them is labelled safe"
-        ),
-        "other_safe": m.bootstrap.rate(
-            stopped, ~chosen & safe, undefined="no other response is labelled safe"
-        ),
-    }
-
-
-def bells(m: Measured) -> dict[str, Any] | None:
-    """BELLS' grid and score, where the recording has its two columns."""
-    held = m.recording.columns
-    if not {taxonomy.SEVERITY, taxonomy.SOPHISTICATION} <= set(held):
-        return None
-    axes = np.array(held[taxonomy.SEVERITY]), np.array(held[taxonomy.SOPHISTICATION])
-    stopped = m.outcomes.stopped
-    return {
-        "cells": taxonomy.grid(*axes, stopped, m.bootstrap),
-        "score": taxonomy.bells_score(*axes, stopped, m.bootstrap),
-    }
+def leaked_share(m: Measured, hold_back: int) -> Figure:
+    """Share of the labelled violating tokens that left with a hold-back."""
+    o = m.outcomes
+    leaked = o.leaked(hold_back)
+    labelled = np.bincount(o.stream[o.label == 1], minlength=len(o))
+    figure = m.bootstrap.figure(
+        lambda counts: boot.ratio(counts @ leaked, counts @ labelled),
+        len(o),
+        n=int(labelled.sum()),
+        undefined="no violating token",
+    )
+    if figure.value == 0:
+        return replace(figure, reason="none left; resampling cannot say how rare that is")
+    return figure

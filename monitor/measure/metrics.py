@@ -159,7 +159,8 @@ def recall_at(peaks: Floats, in_time: Floats, safe: Bools, rate: float) -> Stati
 
 def bins_of(risk: Floats, bins: int) -> Ints:
     """Bin of each risk among ``bins`` of equal width over [0, 1]."""
-    return np.minimum((risk * bins).astype(np.int64), bins - 1)
+    places: Ints = np.minimum((risk * bins).astype(np.int64), bins - 1)
+    return places
 
 
 def calibration_error(risk: Floats, came_true: Bools, stream: Ints, bins: int = 10) -> Statistic:
@@ -209,7 +210,8 @@ def reliability(risk: Floats, came_true: Bools, bins: int = 10) -> list[dict[str
 
 def thinned(x: Sequence[float] | Floats, y: Sequence[float] | Floats, most: int = 400) -> Floats:
     """At most about ``most`` points of a curve [n] to draw, ends included, [n', 2]."""
-    points = np.column_stack([x, y]).astype(np.float64)
+    points: Floats = np.column_stack([x, y]).astype(np.float64)
     if len(points) <= most:
         return points
-    return points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
+    kept: Floats = points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
+    return kept

@@ -125,12 +125,12 @@ class Outcomes:
     @property
     def safe(self) -> NDArray[np.bool_]:
         """Streams known to show none of the hazards, [E]."""
-        return self.truth == 0
+        return np.asarray(self.truth == 0)
 
     @property
     def violating(self) -> NDArray[np.bool_]:
         """Streams known to show one, [E]."""
-        return self.truth == 1
+        return np.asarray(self.truth == 1)
 
     @property
     def placed(self) -> NDArray[np.bool_]:
@@ -140,7 +140,7 @@ class Outcomes:
     @property
     def stopped(self) -> NDArray[np.bool_]:
         """Streams that were halted, [E]."""
-        return self.halt != NEVER
+        return np.asarray(self.halt != NEVER)
 
     def leaked(self, hold_back: int) -> NDArray[np.int64]:
         """Labelled tokens of each stream that left with a hold-back of ``hold_back`` tokens, [E].
