@@ -9,11 +9,13 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
 from midstream.commands.inspect import inspect
 from midstream.commands.score import score
 from midstream.commands.testbed import build_testbed, sample_testbed
+from midstream.commands.train import train
 from midstream.commands.watch import watch
 
 app = typer.Typer(
@@ -28,7 +30,7 @@ testbed_app = typer.Typer(
     help="The testbed: a small language whose rule, model and Bayes oracle are known.",
     no_args_is_help=True,
 )
-for command in (demo, watch, score, inspect, doctor):
+for command in (demo, watch, score, collect, train, inspect, doctor):
     app.command()(command)
 testbed_app.command("build")(build_testbed)
 testbed_app.command("sample")(sample_testbed)

@@ -208,3 +208,15 @@ def inspect_table(summary: dict[str, Any]) -> Iterator[RenderableType]:
     yield tiers
     provenance = summary["policy"]["provenance"]
     yield Text(f"calibrated on: {provenance['calibration_set']}\n{provenance['guarantee']}")
+
+
+def comparison_table(rows: Sequence[dict[str, Any]], many: int = 20) -> RenderableType:
+    """Methods and taps of ``midstream train``, best first."""
+    left = f", the best {many} of {len(rows)}" if len(rows) > many else ""
+    table = Table(title=f"AUROC on examples that trained none{left}", title_justify="left")
+    for header in ("method", "tap", "level"):
+        table.add_column(header)
+    table.add_column("AUROC", justify="right")
+    for row in rows[:many]:
+        table.add_row(row["method"], row["tap"], row["level"], f"{row['auroc']:.4f}")
+    return table

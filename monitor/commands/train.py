@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def train(
 
     from midstream.bundle import BundleExistsError
     from midstream.learn.activations import Activations
-    from midstream.learn.methods import methods_named
+    from midstream.learn.methods import METHODS, methods_for
     from midstream.learn.methods.method import Task
     from midstream.learn.train import train as fit
     from midstream.show import comparison_table
@@ -59,12 +59,14 @@ def train(
     if out.exists():
         raise BundleExistsError(f"{out} exists: choose a new folder or remove this one")
     data = Activations.open(collection)
-    task = Task(_hazard(hazard, data.tokens.hazards), refusal, seed)
+    name = _hazard(hazard, data.tokens.hazards)
+    task = Task(name, refusal, seed)
+    wanted = list(METHODS) if methods == "all" else methods.split(",")
     with progress_bar(json_) as progress:
         trained = fit(
             data,
             task,
-            methods_named(methods),
+            methods_for(wanted, data.tokens, name),
             data.fingerprint,
             horizon=horizon,
             false_halts=_rates(false_halts),
@@ -74,15 +76,29 @@ def train(
             progress=progress,
         )
     rows = [compared.row() for compared in trained.compared]
+    chosen: Any = trained.bundle.notes["chosen"]
     trained.bundle.save(out)
     if report is not None:
         from midstream.measure.report import training_report
 
-        training_report(rows, report)
+        page = training_report(
+            rows,
+            title=f"Probes for {name}",
+            about={
+                "collection": f"{collection.name}, {len(data.tokens)} examples",
+                "data": data.manifest.data_sha256,
+                "model": data.fingerprint.architecture,
+                "bundle": trained.bundle.hash,
+                "chosen": ", ".join(f"{row['method']} at {row['tap']}" for row in chosen),
+                "guarantee": trained.bundle.policy.provenance.guarantee,
+            },
+            limits=[f"{method} was not trained: {why}" for method, why in trained.left_out.items()],
+        )
+        report.write_text(page, encoding="utf-8")
     summary = {
         "bundle": str(out),
         "hash": trained.bundle.hash,
-        "chosen": trained.bundle.notes["chosen"],
+        "chosen": chosen,
         "compared": rows,
         "left_out": trained.left_out,
         "policy": trained.bundle.policy.model_dump(mode="json", exclude_none=True),

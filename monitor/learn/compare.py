@@ -24,7 +24,7 @@ class Compared:
     ----------
     level : {"token", "response", "prompt"}
         What was ranked: response tokens; responses, by the largest logit of any token; or prompts,
-        by the logit of the last token.
+        by the logit of the last token. Prompts without labels are ranked by what they lead to.
     auroc : float
     """
 
@@ -35,7 +35,8 @@ class Compared:
     def row(self) -> dict[str, Any]:
         """As tables and JSON take it."""
         return {
-            "method": self.read_out.method,
+            "method": self.read_out.method + (" (prompt)" if self.level == "prompt" else ""),
+            "hazard": self.read_out.probes[0].hazard,
             "tap": "+".join(map(str, sorted(self.read_out.taps))),
             "level": self.level,
             "auroc": self.auroc,
@@ -43,8 +44,8 @@ class Compared:
         }
 
 
-def compare(read_outs: Sequence[ReadOut], source: Source, hazard: str) -> list[Compared]:
-    """Rank all read-outs, best first; ties go to the one that reads fewer and earlier taps.
+def compare(read_outs: Sequence[ReadOut], source: Source) -> list[Compared]:
+    """Rank read-outs, each by the labels of its own hazard, best first; ties go to the one that reads fewer and earlier taps.
 
     One pass over the residuals; memory is 4 bytes per read-out and token.
 
@@ -56,6 +57,7 @@ def compare(read_outs: Sequence[ReadOut], source: Source, hazard: str) -> list[C
     logits = read_logits(read_outs, source)
     found = []
     for read_out, values in zip(read_outs, logits, strict=True):
+        hazard = read_out.probes[0].hazard
         level = level_of(read_out, source.tokens, hazard)
         found.append(Compared(read_out, level, auroc(values, source.tokens, hazard, level)))
     return sorted(
@@ -98,7 +100,10 @@ def labels_at(
         scores, labels = response_maxima(logits, tokens), tokens.response_labels[:, column]
     else:
         scores = logits[tokens.starts[:-1] + np.maximum(tokens.prompt_tokens - 1, 0)]
-        labels = np.where(tokens.prompt_tokens > 0, tokens.prompt_labels[:, column], -1)
+        of_prompts = tokens.prompt_labels[:, column]
+        if (of_prompts < 0).all():  # what the prompt leads to, then
+            of_prompts = tokens.response_labels[:, column]
+        labels = np.where(tokens.prompt_tokens > 0, of_prompts, -1)
     known = labels >= 0
     if not 0 < labels[known].sum() < known.sum():
         raise TrainingDataError(

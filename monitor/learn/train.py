@@ -134,7 +134,7 @@ def train(
 
     read_outs, left_out = _fit_all(methods, learn, task, progress)
     progress("choose", 0, 2)
-    compared = compare(read_outs, choose, task.hazard)
+    compared = compare(read_outs, choose)
     chosen = _chosen(compared, task.hazard)
     progress("choose", 1, 2)
     logits = read_logits([best.read_out for best in chosen], choose)
@@ -202,13 +202,23 @@ def _fit_all(
 
 
 def _chosen(compared: Sequence[Compared], hazard: str) -> list[Compared]:
-    """Pick the best that reads the response, and the best that reads the prompt if there is one."""
-    chosen = []
+    """Pick the best that reads the response, and the best that reads the prompt if there is one.
+
+    One launch scores all probes of a tap, so the second shares the norm of the first there.
+    """
+    chosen: list[Compared] = []
     for reads in ("response", "prompt"):
-        of_these = [c for c in compared if c.read_out.probes[0].reads == reads]
-        if of_these:
-            chosen.append(of_these[0])
-        elif reads == "response":
+        norms = {probe.tap: (probe.norm, probe.eps) for c in chosen for probe in c.read_out.probes}
+        for candidate in compared:
+            probes = candidate.read_out.probes
+            if (
+                probes[0].reads == reads
+                and probes[0].hazard == hazard
+                and all(norms.get(p.tap, (p.norm, p.eps)) == (p.norm, p.eps) for p in probes)
+            ):
+                chosen.append(candidate)
+                break
+        if not chosen:
             raise TrainingDataError(
                 f"no read-out of the response could be trained for {hazard!r}, and a monitor needs "
                 "one; give examples with labelled responses"
@@ -267,8 +277,8 @@ def _fit_chain(bundle: Bundle, choose: Source, hazard: str) -> Chain:
         ]
     )
     prompts = [stream.prompt_log_hazard for stream in observed]
-    prompt_edges = [] if reads.all() else np.unique(np.quantile(prompts, _PROMPT_QUANTILES))
-    return fit_by_counts(observed, np.unique(edges).tolist(), prompt_edges=list(prompt_edges))
+    prompt_edges = np.unique(np.quantile(prompts, [] if reads.all() else _PROMPT_QUANTILES))
+    return fit_by_counts(observed, np.unique(edges).tolist(), prompt_edges=prompt_edges.tolist())
 
 
 def as_recording(bundle: Bundle, source: Source) -> Recording:

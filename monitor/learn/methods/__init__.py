@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from midstream.learn.methods.method import Method
+    from midstream.learn.tokens import Tokens
 
 METHODS: dict[str, tuple[str, str]] = {
     "logistic": ("logistic", "Logistic"),
@@ -41,4 +44,29 @@ def method_class(name: str) -> type[Method]:
     found: type[Method] = getattr(
         importlib.import_module(f"midstream.learn.methods.{module}"), attribute
     )
+    return found
+
+
+def methods_for(names: Sequence[str], tokens: Tokens, hazard: str) -> list[Method]:
+    """Build methods with the papers' settings, for the labels there are.
+
+    One that can learn from any level learns from the finest that the responses have, tokens or
+    whole responses, and where prompts have labels once more from those.
+
+    Raises
+    ------
+    ValueError, TrainingDataError
+        For a method or a hazard that is not there.
+    """
+    column = tokens.column(hazard)
+    levels = ["token" if (tokens.labels[:, column] >= 0).any() else "response"]
+    if (tokens.prompt_labels[:, column] >= 0).any():
+        levels.append("prompt")
+    found: list[Method] = []
+    for name in names:
+        made: Any = method_class(name)
+        if "level" in {field.name for field in dataclasses.fields(made)}:
+            found += [made(level=level) for level in levels]
+        else:
+            found.append(made())
     return found
