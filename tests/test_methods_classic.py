@@ -211,6 +211,7 @@ def test_read_outs_say_what_they_read(
 
 
 def test_labels_that_cannot_teach_are_refused(random: np.random.Generator) -> None:
+    pytest.importorskip("sklearn")
     tokens = make_tokens(random)
     source = make_source(random, tokens)
 
@@ -620,6 +621,7 @@ def at(tokens: Tokens, positions: np.ndarray, examples: np.ndarray) -> np.ndarra
 def test_latent_guard_is_the_mean_of_literal_cosines(
     random: np.random.Generator, task: Task
 ) -> None:
+    pytest.importorskip("sklearn")
     source = make_source(random, make_tokens(random, examples=90))
     tokens, hidden = source.tokens, all_hidden(source)
     guard, *directions = LatentGuard().fit(source, task)
@@ -646,12 +648,24 @@ def test_latent_guard_is_the_mean_of_literal_cosines(
         truth = harm[known] == 1
         return float((said[truth].mean() + (~said[~truth]).mean()) / 2)
 
+    def auroc(scores: np.ndarray, positions: np.ndarray) -> float:
+        found = scores[at(tokens, positions, known)]
+        above = found[harm[known] == 1][:, None] - found[harm[known] == 0]
+        return float((above > 0).mean() + 0.5 * (above == 0).mean())
+
     for read_out, scores in [(guard, difference)] + [(r, logits(r, hidden)) for r in directions]:
         facts = read_out.facts
         assert facts["accuracy_instruction"] == pytest.approx(
             accuracy(scores, tokens.instruction_end)
         )
         assert facts["accuracy_served"] == pytest.approx(accuracy(scores, tokens.prompt_tokens - 1))
+        # fp32 may swap a pair or two of the thousand
+        assert facts["auroc_instruction"] == pytest.approx(
+            auroc(scores, tokens.instruction_end), abs=3e-3
+        )
+        assert facts["auroc_served"] == pytest.approx(
+            auroc(scores, tokens.prompt_tokens - 1), abs=3e-3
+        )
         gap = (tokens.prompt_tokens - 1 - tokens.instruction_end)[known].mean()
         assert facts["template_tokens"] == pytest.approx(gap)
 
@@ -741,6 +755,7 @@ def test_harc_leaves_out_taps_where_a_direction_vanishes(random: np.random.Gener
 
 
 def test_tensor_logits_agree_with_those_in_double(random: np.random.Generator) -> None:
+    pytest.importorskip("sklearn")
     source = make_source(random, make_tokens(random, examples=40))
     hidden: dict[Tap, Tensor] = source._hidden
     for read_out in (*LatentGuard().fit(source, BOTH), *HARC().fit(source, BOTH)):

@@ -40,8 +40,8 @@ class CCS:
     are any; the fact ``labelled_pairs`` says how many, and a warning is given when there are none.
     All pairs are trained on: hold out by splitting the source.
 
-    Cost: one pass, then O(restarts x pairs x d) an epoch and tap: 6 s for 4 taps and 1,000 pairs of
-    width 128 on one core. Memory ``8 pairs d`` bytes a tap.
+    Cost: one pass, then O(restarts x pairs x d) an epoch and tap: 9 s for 4 taps and 1,000 pairs of
+    width 128 on one core. Memory ``8 pairs d`` bytes a tap, four times over while centring.
 
     Attributes
     ----------
@@ -170,7 +170,7 @@ class CCS:
 
         for _ in range(self.epochs):
             optimiser.zero_grad()
-            losses().sum().backward()  # type: ignore[no-untyped-call]
+            losses().sum().backward()
             optimiser.step()
         with torch.no_grad():
             loss, best = losses().min(dim=1)

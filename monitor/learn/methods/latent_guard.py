@@ -9,10 +9,12 @@ the inputs of all layers: collect at ``resid_pre``.
 
 What is served is read elsewhere. A monitor judges a prompt once, at ``t_post``, and no evidence
 rule picks out ``t_inst`` before it. Where a template follows the instruction, the guard and the
-harmfulness probes are served on a token they were not fitted on. So the facts give the accuracy at
-both: ``accuracy_instruction`` is the paper's, ``accuracy_served`` is what the monitor will see, and
-``template_tokens`` is the mean distance between them. The refusal probes are served where they were
-fitted.
+harmfulness probes are served on a token they were not fitted on. So the facts give the training
+prompts' accuracy at logit 0 and AUROC at both: ``_instruction`` is the paper's, ``_served`` what
+the monitor will see, and ``template_tokens`` the mean distance between them. Where only the
+accuracy falls, a calibrated threshold mends it; where the AUROC falls, take the refusal probes,
+which are served where they were fitted. On the testbed's model, with one token of template, the
+last layer's harmfulness probe falls from 0.96 to 0.50 in accuracy and keeps an AUROC above 0.99.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class LatentGuard:
     is given.
 
     Without ``task.refusal`` the classes are all harmful and all harmless prompts. With it, refused
-    harmful and accepted harmless ones; the other prompts only count in the accuracies, which are
-    means over both classes of the training prompts.
+    harmful and accepted harmless ones; the other prompts only count in the facts. An accuracy is
+    the mean of both classes' accuracies.
 
     Cost: one pass, O(prompts x d) a tap; memory ``8 prompts d`` bytes a tap.
     """
@@ -82,6 +84,8 @@ class LatentGuard:
                 "template_tokens": template,
                 "accuracy_instruction": _accuracy(read_out.logits(inst), harmful),
                 "accuracy_served": _accuracy(read_out.logits(post), harmful),
+                "auroc_instruction": _auroc(read_out.logits(inst), harmful),
+                "auroc_served": _auroc(read_out.logits(post), harmful),
             }
 
         found = [self._guard(task, inst, of_class)]
@@ -149,3 +153,11 @@ def _accuracy(logits: Tensor, harmful: Tensor) -> float:
     """Mean of both classes' accuracies at logit 0."""
     said = (logits > 0).double()
     return float((said[harmful].mean() + 1 - said[~harmful].mean()) / 2)
+
+
+def _auroc(logits: Tensor, harmful: Tensor) -> float:
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError as error:
+        raise ImportError("fitting needs scikit-learn: pip install 'midstream[learn]'") from error
+    return float(roc_auc_score(harmful.numpy(), logits.numpy()))

@@ -98,12 +98,19 @@ def response_rows(tokens: Tokens, first: int | None = None) -> NDArray[np.bool_]
 
 def prompt_end_rows(tokens: Tokens) -> NDArray[np.bool_]:
     """Rows [N] of the last prompt token, t_post, where the monitor reads prompt probes."""
-    return tokens.position == np.repeat(tokens.prompt_tokens, np.diff(tokens.starts)) - 1
+    return _at(tokens, tokens.prompt_tokens - 1)
 
 
 def instruction_end_rows(tokens: Tokens) -> NDArray[np.bool_]:
     """Rows [N] of the last instruction token, t_inst."""
-    return tokens.position == np.repeat(tokens.instruction_end, np.diff(tokens.starts))
+    return _at(tokens, tokens.instruction_end)
+
+
+def _at(tokens: Tokens, positions: NDArray[np.int32]) -> NDArray[np.bool_]:
+    rows = np.zeros(tokens.starts[-1], dtype=np.bool_)
+    inside = (positions >= 0) & (positions < np.diff(tokens.starts))
+    rows[(tokens.starts[:-1] + positions)[inside]] = True
+    return rows
 
 
 def read(
