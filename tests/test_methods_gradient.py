@@ -22,7 +22,7 @@ from midstream.learn.methods import method_class
 from midstream.learn.methods.method import Method, ReadOut, Task
 from midstream.learn.methods.ragged import cross_entropy, mean_where
 from midstream.learn.methods.scm import scm_loss
-from midstream.learn.methods.sgd import Batch, Descent, batches, train
+from midstream.learn.methods.sgd import Batch, Descent, batches, moments, train
 from midstream.learn.tokens import Tokens, TrainingDataError
 from midstream.taps import Tap
 
@@ -332,7 +332,7 @@ def cross_entropy_of(labels: NDArray[np.int8]) -> Callable[[torch.Tensor, Batch,
 
 def test_the_loop_reaches_the_minimum_and_folds_the_moments_into_the_probe() -> None:
     random = np.random.default_rng(fresh_seed())
-    source = some_source(random, examples=60, rise=1.0, chunk_bytes=1 << 14)
+    source = some_source(random, examples=60, rise=1.0)
     tokens = source.tokens
     for tap in TAPS:
         source._hidden[tap][:, 2] = 3.7  # says nothing
@@ -392,14 +392,26 @@ def test_the_logits_of_the_loop_are_those_of_the_heads_it_returns() -> None:
     wanted = torch.stack([seen[row] for row in rows.tolist()], dim=-1)
     assert found.shape == (3, 3, len(rows))
     assert torch.allclose(found, wanted, atol=1e-5)
-    other = train(
-        "loop", source, Task(HAZARD, seed=4), everyone, loss, still, biases=(True, False, True)
-    )
-    assert not torch.allclose(heads.weight, other.weight, atol=1e-4)
     # Standardised logits of weights that began with a spread of 0.01.
     assert 0.001 < wanted.std() / math.sqrt(8) < 0.03
     assert share == sorted(share)
     assert 0 == share[0] < share[-1] < 1
+    other = train(
+        "loop", source, Task(HAZARD, seed=4), everyone, loss, still, biases=(True, False, True)
+    )
+    assert not torch.allclose(heads.weight, other.weight, atol=1e-4)
+
+
+def test_moments_are_merged_over_chunks() -> None:
+    source = some_source(np.random.default_rng(fresh_seed()), examples=60, chunk_bytes=1 << 12)
+    assert len(list(source.chunks())) > 5
+    chosen = np.arange(60) % 3 > 0
+    center, spread = moments("loop", source, Task(HAZARD), chosen)
+    used = np.repeat(chosen, np.diff(source.tokens.starts)) & source.tokens.in_response
+    for index, tap in enumerate(TAPS):
+        hidden = source._hidden[tap].double().numpy()[used]
+        assert np.allclose(center[index].numpy(), hidden.mean(axis=0), rtol=1e-5, atol=1e-6)
+        assert np.allclose(spread[index].numpy(), hidden.std(axis=0), rtol=1e-5)
 
 
 def test_a_head_without_a_bias_has_none_while_it_is_trained() -> None:
