@@ -31,13 +31,13 @@ from midstream.taps import Tap
 TAPS = [Tap(layer, "resid_post") for layer in range(4)]
 
 
-def data(count: int, seed: int = 0) -> tuple[list[tuple[int, ...]], Tokens]:
+def data(count: int, window: int, seed: int = 0) -> tuple[list[tuple[int, ...]], Tokens]:
     """Dialogues of the grammar with ``count`` tokens or a few more, nothing known about them."""
     sequences: list[tuple[int, ...]] = []
     total = index = 0
     while total < count:
         dialogue = testbed.sample_dialogue(seed, index)
-        sequences.append((*dialogue.prompt.ids, *dialogue.response))
+        sequences.append((*dialogue.prompt.ids, *dialogue.response)[:window])
         total += len(sequences[-1])
         index += 1
     names = tuple(map(str, range(len(sequences))))
@@ -87,11 +87,12 @@ def main(
         with tempfile.TemporaryDirectory(dir=folder) as out:
             return seconds(collect, model, tokenizer, *what, TAPS, Path(out) / "collection")
 
-    short = data(tokens // 10)
+    window = model.config.max_position_embeddings
+    short = data(tokens // 10, window)
     forward(model, *short)  # warms up
     samples = [(collected(*short), seconds(forward, model, *short)) for _ in range(pairs)]
     ratios = [a / b for a, b in samples]
-    sequences, labels = data(tokens)
+    sequences, labels = data(tokens, window)
     took = collected(sequences, labels)
     count = int(labels.starts[-1])
     result = {
