@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from toy import model
 
 from midstream.bank import Probe, ProbeBank
 from midstream.bundle import Bundle, Fingerprint
@@ -14,7 +15,6 @@ from midstream.evidence import Count, Cusum, Ema, Last, Max, Mean, Run
 from midstream.measure.recording import Recording, probes_hash
 from midstream.policy import Policy, Thresholds
 from midstream.taps import Tap
-from toy import model
 
 RULES = (
     Last(),

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 import toy
 from kernel_cases import fresh_seed
+from recordings import random_bundle, random_recording, same
+
 from midstream.measure import recording_file
 from midstream.measure.recording import (
     TIER,
@@ -24,7 +25,6 @@ from midstream.measure.recording import (
     concatenate,
     probes_hash,
 )
-from recordings import random_bundle, random_recording, same
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(fresh_seed())
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", [1, 50, 1 << 20])
@@ -173,7 +173,7 @@ def test_other_tables_are_refused(rng, tmp_path):
         Recording.load(_rewritten(tmp_path / "trace", table=changed))
 
 
-# ---- what a recording must be ---------------------------------------------------------------------
+# ---- what a recording must be --------------------------------------------------------------------
 
 
 def _changed(array: np.ndarray, at: int, value: Any) -> np.ndarray:
@@ -247,16 +247,16 @@ def test_probes_hash_speaks_of_what_logits_depend_on(rng):
     assert len({before, *others}) == 4
 
 
-# ---- live streams ---------------------------------------------------------------------------------
+# ---- live streams --------------------------------------------------------------------------------
 
 
-def _reports(lengths: list[int], *, trace: int, bundle: Any = None) -> tuple[list[Any], Any]:
-    """Reports of toy streams with a prompt of 3 tokens each."""
-    bundle = bundle or toy.bundle()
+def _reports(lengths: list[int], *, trace: int, prompt: int = 3) -> tuple[list[Any], Any]:
+    """Reports of toy streams over the words 0, 1, 2 and so on."""
+    bundle = toy.bundle()
     monitor = toy.Monitor(bundle, slots=len(lengths), rows=64, trace=trace)
     reports = []
     for n, length in enumerate(lengths):
-        slot = monitor.admit(f"s{n}", 3)
+        slot = monitor.admit(f"s{n}", prompt)
         hidden = toy.model().get_input_embeddings().weight[torch.arange(length) % 24].detach()
         monitor.observe(toy.EMBEDDING, hidden)
         rows = torch.full((length,), slot, dtype=torch.int32)
@@ -296,6 +296,9 @@ def test_a_trace_that_is_too_short_says_how_long_it_must_be():
             Recording.from_reports(reports, bundle)
     reports, bundle = _reports([12], trace=10)
     assert Recording.from_reports(reports, bundle).position.tolist() == list(range(2, 12))
+    reports, bundle = _reports([4], trace=3, prompt=0)  # neither a prompt nor a halt to miss
+    with pytest.raises(RecordingError, match=r"keeps 3 tokens.*trace=4 or more"):
+        Recording.from_reports(reports, bundle)
 
 
 def test_a_report_of_another_bundle_is_refused():

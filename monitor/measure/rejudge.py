@@ -1,8 +1,8 @@
 """Recorded logits through the kernels' own ``advance`` once more, without the model.
 
 Nothing but the logits comes from the recording: evidence rules are the bank's, belief, risk and
-verdict the kernels'. What a token costs does not depend on its stream, some 0.2 us with the
-testbed's 26 states on one core; memory beside the recording and the result is constant.
+verdict the kernels'. Linear in the tokens, some 0.4 us each with the testbed's 26 states on one
+core; memory beside the recording and the result is constant.
 """
 
 from __future__ import annotations
