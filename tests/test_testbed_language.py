@@ -225,16 +225,19 @@ def test_horizon_labels():
 
 def test_corpus_file(tmp_path):
     path = tmp_path / "corpus.jsonl"
-    write_corpus(path, 5, seed=3)
+    write_corpus(path, 9, seed=3)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 5
+    assert len(rows) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
-    for row, dialogue in zip(rows, sample_dialogues(5, seed=3), strict=True):
+    for row, dialogue in zip(rows, sample_dialogues(9, seed=3), strict=True):
         assert tuple(row["response_ids"]) == dialogue.response
         assert row["violating_index"] == dialogue.labels.first
         assert row["messages"][0]["role"] == "system"
         assert row["response"] == text_of(dialogue.response)
         assert len(row["violated"]) == len(row["response_ids"])
+        assert [row["response"][start:end] for start, end, _ in row["spans"]] == (
+            [row["sealed"]] if dialogue.labels.violates else []
+        )
 
 
 def test_halt_token_is_never_written(dialogues):

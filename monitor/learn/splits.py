@@ -93,13 +93,9 @@ def split(
 def merged_groups(examples: Sequence[Example], similar: float = SIMILAR) -> list[list[int]]:
     """Indices of examples that must stay together, each list and the lists in order."""
     join = _Sets(len(examples))
-    first: dict[tuple[str, str], int] = {}
+    first: dict[str, int] = {}
     for at, example in enumerate(examples):
-        keys = [("group", group_of(example))]
-        if said := conversation_of(example):
-            keys.append(("conversation", said))
-        for key in keys:
-            join.union(at, first.setdefault(key, at))
+        join.union(at, first.setdefault(group_of(example), at))
     texts: dict[str, int] = {}
     for at, text in enumerate(_texts(examples)):
         if text:
@@ -241,7 +237,7 @@ def _dealt(
 def _missing(name: str, lacking: Class, groups: int, splits: int) -> SplitError:
     level, hazard, label = lacking
     return SplitError(
-        f"split {name!r} has no example whose {level} has {hazard!r} {str(label).lower()}: only "
+        f"split {name!r} has no example whose {level} has {hazard!r} {str(label).lower()}: "
         f"{groups} groups have one, for {splits} splits; give more of them, ask for fewer splits, "
         "or leave this label out"
     )
