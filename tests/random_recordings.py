@@ -99,7 +99,7 @@ def _stream(random: np.random.Generator) -> tuple[dict, list[dict]]:
     elif random.random() < 0.4:
         response[:] = -1
     rows, verdict, halted_at, cause, unscored = [], Verdict.CONTINUE, -1, NO_CAUSE, 0
-    drift = random.random()
+    drift = random.uniform(0.5, 1.2)
     for position in range(prompt + tokens):
         if position > 0 and random.random() < 0.05:
             unscored += position >= prompt
@@ -109,7 +109,7 @@ def _stream(random: np.random.Generator) -> tuple[dict, list[dict]]:
         logits = np.where(random.random(4) < 0.3, 0.0, random.normal(size=4))  # with ties
         risk = np.nan
         if at >= -1 and scored:
-            risk = np.float32(round(random.random() * drift, 2))
+            risk = np.float32(min(1.0, round(random.random() * drift, 2)))
             if verdict != Verdict.HALT:
                 held = Verdict.HOLD if risk >= HOLD_AT else Verdict.CONTINUE
                 verdict = Verdict.HALT if risk >= HALT_AT else held

@@ -345,7 +345,7 @@ def test_rankings_and_spans_by_plain_loops() -> None:
 
 @pytest.mark.parametrize("hold_back", [1, 3, "turn"])
 def test_halting_agrees_with_the_streams_one_by_one(hold_back: int | str) -> None:
-    m = measured(np.random.default_rng(fresh_seed()), 150, hold_back=hold_back)
+    m = measured(np.random.default_rng(fresh_seed()), 200, hold_back=hold_back)
     o, figures = m.outcomes, evaluation.headline(m)
     placed = np.flatnonzero(o.placed)
     leaked = o.leaked(m.hold_back)
