@@ -273,14 +273,14 @@ def recording_of(rng, streams):
     risk[position < np.repeat(prompt - 1, rows)] = np.nan
     recording = Recording(
         bundle="",
-        probes=(),
+        probes=("p",),
         hazards=(),
         streams=tuple(f"s{i}" for i in range(streams)),
         starts=starts,
         prompt_tokens=prompt,
         ended=np.ones(streams, dtype=bool),
         position=position,
-        logits=np.zeros((starts[-1], 0), dtype=np.float32),
+        logits=np.zeros((starts[-1], 1), dtype=np.float32),
         labels=np.zeros((starts[-1], 0), dtype=np.int8),
         response_labels=np.zeros((streams, 0), dtype=np.int8),
         characters=None,

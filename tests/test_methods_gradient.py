@@ -83,6 +83,7 @@ def some_tokens(random: np.random.Generator, examples: int, longest: int = 40) -
         starts=starts,
         prompt_tokens=prompt.astype(np.int32),
         instruction_end=np.full(examples, -1, np.int32),
+        special=np.zeros(len(labels), dtype=bool),
         labels=labels,
         response_labels=whole,
         prompt_labels=np.full((examples, 2), -1, np.int8),

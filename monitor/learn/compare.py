@@ -45,8 +45,9 @@ class Compared:
 
 
 def compare(read_outs: Sequence[ReadOut], source: Source) -> list[Compared]:
-    """Rank read-outs, each by the labels of its own hazard, best first; ties go to the one that reads fewer and earlier taps.
+    """Rank read-outs, each by the labels of its own hazard, best first.
 
+    Ties, to four digits, go to the one that reads fewer and earlier taps.
     One pass over the residuals; memory is 4 bytes per read-out and token.
 
     Raises
@@ -78,7 +79,7 @@ def level_of(read_out: ReadOut, tokens: Tokens, hazard: str) -> Level:
     """Return the finest level at which the labels can judge this read-out."""
     if read_out.probes[0].reads == "prompt":
         return "prompt"
-    return "token" if (tokens.labels[:, tokens.column(hazard)] >= 0).any() else "response"
+    return "token" if (tokens.labels[:, tokens.column(hazard)] == 1).any() else "response"
 
 
 def auroc(logits: Floats, tokens: Tokens, hazard: str, level: Level) -> float:

@@ -59,7 +59,7 @@ def methods_for(names: Sequence[str], tokens: Tokens, hazard: str) -> list[Metho
         For a method or a hazard that is not there.
     """
     column = tokens.column(hazard)
-    levels = ["token" if (tokens.labels[:, column] >= 0).any() else "response"]
+    levels = ["token" if (tokens.labels[:, column] == 1).any() else "response"]
     if (tokens.prompt_labels[:, column] >= 0).any():
         levels.append("prompt")
     found: list[Method] = []
