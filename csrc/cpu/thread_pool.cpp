@@ -155,8 +155,8 @@ Pool& pool() {
 }
 
 /// The OpenMP of the process, if it has one: with torch, its own. Its threads spin for milliseconds
-/// after each of torch's calls, and threads of ours would have to share their cores. 16384 rows x 16
-/// probes on two cores right after torch.sum: 10.5 ms with threads of ours, 4.6 with these.
+/// after each of torch's calls, and threads of ours would have to share their cores. 16384 rows x
+/// 16 probes on two cores right after torch.sum: 10.5 ms with threads of ours, 4.6 with these.
 OpenMP open_mp() {
 #if defined(__unix__) || defined(__APPLE__)
   static const auto found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -170,8 +170,8 @@ OpenMP open_mp() {
 
 void parallel_rows(std::int64_t rows, int threads, std::int64_t grain, Body body,
                    const void* context) {
-  threads = static_cast<int>(
-      std::min<std::int64_t>({threads, kMaxThreads, (rows + grain - 1) / grain}));
+  threads =
+      static_cast<int>(std::min<std::int64_t>({threads, kMaxThreads, (rows + grain - 1) / grain}));
   if (threads > 1) {
     Job job(body, context, rows, grain, threads);
     if (const OpenMP parallel = open_mp()) {
