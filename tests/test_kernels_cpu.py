@@ -225,7 +225,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, sources))
     program = str(tmp_path / "kernels")
-    subprocess.run([*command, *objects, "-pthread", "-o", program], cwd=ROOT, check=True)
+    subprocess.run([*command, *objects, "-pthread", "-ldl", "-o", program], cwd=ROOT, check=True)
     ran = subprocess.run(
         [program, str(fresh_seed())], capture_output=True, text=True, check=False, timeout=120
     )

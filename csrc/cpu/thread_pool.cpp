@@ -35,9 +35,11 @@ class Job {
   Job(Body body, const void* context, std::int64_t rows, std::int64_t grain, int threads)
       : body_(body), context_(context), rows_(rows), grain_(grain), threads_(threads) {}
 
-  /// Takes ranges until none is left. They get smaller towards the end, where threads wait for each
-  /// other; large ones begin with rows that nobody has fetched less often.
+  /// Takes ranges until none is left, unless enough threads do. They get smaller towards the end,
+  /// where threads wait for each other; large ones begin with rows that nobody has fetched less
+  /// often.
   void work() {
+    if (working_.fetch_add(1, std::memory_order_relaxed) >= threads_) return;
     std::int64_t begin = next_.load(std::memory_order_relaxed);
     while (begin < rows_) {
       const std::int64_t share = (rows_ - begin) / (2 * threads_) / grain_ * grain_;
@@ -53,6 +55,7 @@ class Job {
   const void* const context_;
   const std::int64_t rows_, grain_;
   const int threads_;
+  std::atomic<int> working_{0};
   std::atomic<std::int64_t> next_{0};
 };
 
@@ -131,14 +134,12 @@ class Pool {
 /// Never destroyed: its threads may outlive every static at exit, and end with the process.
 std::atomic<Pool*> current{nullptr};
 
-/// Runs function(data) on `threads` threads, as `#pragma omp parallel` does.
-using OpenMP = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 std::atomic<bool> forked{false};
 
 #if defined(__unix__) || defined(__APPLE__)
 // A child of fork() has none of its parent's threads, and maybe a locked mutex: it starts anew. To
 // OpenMP its threads would seem to be there, and it would wait for them.
-const int watched = pthread_atfork(nullptr, nullptr, [] {
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] {
   current.store(nullptr);
   forked.store(true);
 });
@@ -154,15 +155,26 @@ Pool& pool() {
   return *now;
 }
 
-/// The OpenMP of the process, if it has one: with torch, its own. Its threads spin for milliseconds
-/// after each of torch's calls, and threads of ours would have to share their cores. 16384 rows x
-/// 16 probes on two cores right after torch.sum: 10.5 ms with threads of ours, 4.6 with these.
-OpenMP open_mp() {
+/// Runs the job with the OpenMP of the process, if it has one: with torch, its own. Its threads
+/// spin for milliseconds after each of torch's calls, and threads of ours would have to share their
+/// cores. 16384 rows x 16 probes on two cores right after torch.sum: 10.5 ms with threads of ours,
+/// 4.6 with these.
+bool run_with_openmp(Job& job, int threads) {
 #if defined(__unix__) || defined(__APPLE__)
-  static const auto found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+  using Parallel = void (*)(void (*)(void*), void* data, unsigned threads, unsigned flags);
+  using Count = int (*)();
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const auto most = reinterpret_cast<Count>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+  if (parallel == nullptr || most == nullptr || forked.load()) return false;
+  // All of them, as torch does: those that are left out would end, and be missing in its next call.
+  const int team = std::max(threads, most());
+  parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(team),
+           0);
+  return true;
 #else
-  return nullptr;
+  static_cast<void>(job);
+  static_cast<void>(threads);
+  return false;
 #endif
 }
 
@@ -174,11 +186,7 @@ void parallel_rows(std::int64_t rows, int threads, std::int64_t grain, Body body
       static_cast<int>(std::min<std::int64_t>({threads, kMaxThreads, (rows + grain - 1) / grain}));
   if (threads > 1) {
     Job job(body, context, rows, grain, threads);
-    if (const OpenMP parallel = open_mp()) {
-      parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job,
-               static_cast<unsigned>(threads), 0);
-      return;
-    }
+    if (run_with_openmp(job, threads)) return;
     if (pool().run(job, threads)) return;
   }
   body(context, 0, rows);
