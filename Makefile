@@ -59,7 +59,7 @@ library: $(LIBRARY)  ## libmidstream.so, the C interface (csrc/include/midstream
 $(LIBRARY): $(CXX_FILES)
 	@mkdir -p $(dir $@)
 	$(CXX) -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc/include -shared -pthread \
-	    csrc/cpu/*.cpp csrc/c/*.cpp -o $@
+	    csrc/cpu/*.cpp csrc/c/*.cpp -ldl -o $@
 
 wheel: setup  ## a wheel in dist/
 	$(BIN)/python -m build --wheel --no-isolation

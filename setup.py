@@ -33,7 +33,7 @@ CUDA_EXTENSION = "midstream.kernels._cuda"
 # sources, chosen at run time.
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
 LDFLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-LDFLAGS += ["-pthread"]
+LDFLAGS += ["-pthread", "-ldl"]
 
 # A100, H100 and B200, and for what comes later the intermediate code of the newest.
 CUDA_ARCHITECTURES = ("80", "90", "100")

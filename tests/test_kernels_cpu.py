@@ -91,11 +91,7 @@ LARGE = """
         return out
 
     one = scored(1)
-    before = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else None
-    several = scored(3)
-    if before is not None:
-        assert len(os.listdir("/proc/self/task")) == before + 2
-    assert torch.equal(one, several)
+    assert torch.equal(one, scored(3))
 """
 
 
@@ -105,17 +101,20 @@ def test_threads_change_no_bits_and_leave_quietly() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_child_of_a_fork_has_threads_of_its_own() -> None:
+    """OpenMP would wait for its parent's threads there for ever."""
     code = """
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(scored(3), one) else 1)
+        same = torch.equal(scored(3), one)
+        tasks = "/proc/self/task"
+        os._exit(0 if same and (not os.path.exists(tasks) or len(os.listdir(tasks)) == 3) else 1)
     print(os.waitpid(child, 0)[1])
     """
     assert run(LARGE + code) == "0"
 
 
 def test_callers_at_once_get_the_bits_of_one() -> None:
-    """The pool serves one caller; others run on their own thread."""
+    """OpenMP gives each caller threads; a pool of ours serves one, and others run on their own."""
     torch.manual_seed(fresh_seed())
     hidden = torch.randn(1024, 4096).bfloat16()
     bound = ops.Backend("cpu", "cpu").bind_score(torch.randn(9, 4096).bfloat16(), torch.randn(9))
@@ -226,7 +225,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, sources))
     program = str(tmp_path / "kernels")
-    subprocess.run([*command, *objects, "-pthread", "-o", program], cwd=ROOT, check=True)
+    subprocess.run([*command, *objects, "-pthread", "-ldl", "-o", program], cwd=ROOT, check=True)
     ran = subprocess.run(
         [program, str(fresh_seed())], capture_output=True, text=True, check=False, timeout=120
     )

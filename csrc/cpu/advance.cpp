@@ -137,6 +137,24 @@ Judgement judge(Verdict before, float risk, bool judged, bool missing, std::int6
   return {holds ? Verdict::hold : Verdict::proceed, false};
 }
 
+/// The probe with the largest hazard logit. Streams halt once: in the loop over all rows' probes
+/// its unforeseeable branches took 1.2 of 5.1 us for 64 rows x 8 probes.
+std::int16_t cause_of(std::int64_t s, std::int32_t phase, const Tables& tables) {
+  const EvidenceTable& table = tables.evidence;
+  const float* evidence = tables.slots.evidence + s * tables.sizes.probes;
+  float largest = -std::numeric_limits<float>::infinity();
+  std::int16_t cause = kNoCause;
+  for (std::int64_t p = 0; p < tables.sizes.probes; ++p) {
+    if (table.phase[p] != phase) continue;
+    const float hazard_logit = evidence[p] - table.center[p];
+    if (cause == kNoCause || hazard_logit > largest) {
+      largest = hazard_logit;
+      cause = static_cast<std::int16_t>(p);
+    }
+  }
+  return cause;
+}
+
 void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_read,
                  const Tables& tables) {
   const Sizes& size = tables.sizes;
@@ -159,8 +177,6 @@ void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_
   const bool missing = response_gap > 0 || (!scored && !in_prompt);
 
   LogHazard log_hazard;
-  float largest = -std::numeric_limits<float>::infinity();
-  std::int16_t cause = kNoCause;
   for (std::int64_t p = 0; p < size.probes; ++p) {
     if (evidence.phase[p] != phase) continue;
     const std::int64_t at = s * size.probes + p;
@@ -168,12 +184,7 @@ void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_
       fold(z[p], p, evidence, slots.evidence + at, slots.folds + at, slots.ring + at * size.window,
            size.window);
     }
-    const float hazard_logit = slots.evidence[at] - evidence.center[p];
-    log_hazard.add(hazard_logit);
-    if (cause == kNoCause || hazard_logit > largest) {
-      largest = hazard_logit;
-      cause = static_cast<std::int16_t>(p);
-    }
+    log_hazard.add(slots.evidence[at] - evidence.center[p]);
   }
 
   float* belief = slots.belief + s * size.states;
@@ -206,7 +217,7 @@ void advance_row(const float* z, std::int64_t s, std::int32_t t, bool prompt_is_
   const auto before = static_cast<Verdict>(slots.verdict[s]);
   const Judgement now = judge(before, risk, judged, missing, tier, tables.policy);
   if (now.verdict == Verdict::halt && before != Verdict::halt) {
-    slots.cause[s] = now.by_unscored ? kUnscoredCause : cause;
+    slots.cause[s] = now.by_unscored ? kUnscoredCause : cause_of(s, phase, tables);
     slots.halted_at[s] = t;
   }
   if (judged || missing) slots.risk[s] = risk;

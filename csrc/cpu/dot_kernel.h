@@ -6,13 +6,17 @@
 // kStep, load(const Input*), load(const Weight*), mac(x, w, sum). Each (row, probe) has one Sum,
 // whatever block it is computed in, so blocks are a matter of speed and never of bits.
 
-/// Steps and panels that are worked off together: 4 rows x 32 steps of bf16 are 8 KiB, which stay
-/// in the level 1 cache while the panels pass by.
-constexpr int kSliceSteps = 32;
+/// Steps, over all panels, of weights that are worked off together: 16 KiB, which stay in the level
+/// 1 cache while rows pass by. Level 2 gives a Zen 5 core a line in about 1.8 cycles: where weights
+/// came from there as well as rows, vdpbf16ps ran at 4 per ns, and else at 6.4 of 7.2 possible.
+constexpr std::int64_t kSliceSteps = 64;
 constexpr int kSlicePanels = 4;
-/// Blocks of rows that pass by a slice of the weights before the next slice: 16 rows take a quarter
-/// of the weights' traffic from the level 2 cache that 4 would, and their sums are 17 KiB of stack.
-constexpr int kBlocksAtOnce = 4;
+/// Blocks of rows that pass by before the next slice. Their sums are 34 KiB of stack. 64 rows of
+/// 4096 bf16 x 8 probes take 10.4 us on a Zen 5 core; with 8 blocks 11.4, with 4 of 4 rows 11.6.
+constexpr int kBlocksAtOnce = 16;
+/// Up to here rows are taken to be in a level 2 cache, where to fetch them ahead only costs: 64
+/// rows x 8 probes took 11.8 us with it.
+constexpr std::int64_t kWarmBytes = std::int64_t{1} << 19;
 
 template <class Dot, int kRows>
 struct Sums {
@@ -21,9 +25,8 @@ struct Sums {
 };
 
 /// What to fetch meanwhile, as many columns of `rows` rows each: `near`, which is read next, and
-/// `far`, which is read 16 rows later. Memory takes longer than until `near` is read, and of lines
-/// fetched once, 1 to 16 % were still not there: each line is asked for twice. 16384 x 4096 bf16 x
-/// 8 probes take 4.6 ms on one Zen 5 core; with 4 rows at once and `near` alone they took 6.7.
+/// `far`, which is read 32 rows later. Memory takes longer than until `near` is read, and of lines
+/// fetched once, 1 to 16 % were still not there: each line is asked for twice.
 template <class Input>
 struct Ahead {
   const Input* near;
@@ -92,17 +95,15 @@ MIDSTREAM_TARGET void add_columns(const typename Dot::Input* x, std::int64_t x_s
   }
 }
 
-template <class Dot, int kRows, int kPanels, bool kSquare, class... Arguments>
+template <class Dot, int kRows, int kPanels, bool kSquare, int kFetch, class... Arguments>
 MIDSTREAM_INLINE void add_and_fetch(int fetch, Arguments&&... arguments) {
-  if (fetch == 0) {
-    add_columns<Dot, kRows, kPanels, kSquare, 0>(arguments...);
-  } else if (fetch == kRows) {
-    add_columns<Dot, kRows, kPanels, kSquare, kRows>(arguments...);
-  } else if (fetch == (kRows + 1) / 2) {
-    add_columns<Dot, kRows, kPanels, kSquare, (kRows + 1) / 2>(arguments...);
-  } else {
-    add_columns<Dot, kRows, kPanels, kSquare, (kRows + 3) / 4>(arguments...);
+  if constexpr (kFetch > 0) {
+    if (fetch < kFetch) {
+      add_and_fetch<Dot, kRows, kPanels, kSquare, kFetch - 1>(fetch, arguments...);
+      return;
+    }
   }
+  add_columns<Dot, kRows, kPanels, kSquare, kFetch>(arguments...);
 }
 
 /// Adds `width` columns of kRows rows and `probes` probes, kPanels panels at a time; fetches
@@ -113,23 +114,24 @@ MIDSTREAM_INLINE void add_slice(const typename Dot::Input* x, std::int64_t x_str
                                 std::int64_t width, Ahead<typename Dot::Input> ahead,
                                 Sums<Dot, kRows>& sums) {
   const std::int64_t panel_size = row_size * kPanel;
-  const int share = probes > 3 * kPanel ? 4 : probes > kPanel ? 2 : 1;
+  const int passes = (probes + kPanels * kPanel - 1) / (kPanels * kPanel);
+  const int share = (kRows + passes - 1) / passes;
   for (int q = 0; q < probes;) {
-    const int fetch = std::min((kRows + share - 1) / share, ahead.rows);
+    const int fetch = std::min(share, ahead.rows);
     const auto* panel = w + q * row_size;
     const bool wide = kPanels > 1 && q + kPanel < probes;
     if (wide && kSquare && q == 0) {
-      add_and_fetch<Dot, kRows, kPanels, true>(fetch, x, x_stride, panel, panel_size, width, ahead,
-                                               q, sums);
+      add_and_fetch<Dot, kRows, kPanels, true, kRows>(fetch, x, x_stride, panel, panel_size, width,
+                                                      ahead, q, sums);
     } else if (wide) {
-      add_and_fetch<Dot, kRows, kPanels, false>(fetch, x, x_stride, panel, panel_size, width, ahead,
-                                                q, sums);
+      add_and_fetch<Dot, kRows, kPanels, false, kRows>(fetch, x, x_stride, panel, panel_size, width,
+                                                       ahead, q, sums);
     } else if (kSquare && q == 0) {
-      add_and_fetch<Dot, kRows, 1, true>(fetch, x, x_stride, panel, panel_size, width, ahead, q,
-                                         sums);
+      add_and_fetch<Dot, kRows, 1, true, kRows>(fetch, x, x_stride, panel, panel_size, width, ahead,
+                                                q, sums);
     } else {
-      add_and_fetch<Dot, kRows, 1, false>(fetch, x, x_stride, panel, panel_size, width, ahead, q,
-                                          sums);
+      add_and_fetch<Dot, kRows, 1, false, kRows>(fetch, x, x_stride, panel, panel_size, width,
+                                                 ahead, q, sums);
     }
     q += wide ? kPanels * kPanel : kPanel;
     ahead.near += fetch * x_stride;
@@ -164,13 +166,14 @@ template <class Dot, int kRows, int kPanels, bool kSquare>
 MIDSTREAM_TARGET void score_panels(const Packed& packed, const RowBlock& rows, std::int64_t n,
                                    int blocks, std::int64_t p, float* scale) {
   constexpr std::int64_t kStep = Dot::kStep;
-  constexpr std::int64_t kColumns = kSliceSteps * kStep;
   const std::int64_t width = packed.width, stride = rows.x_stride;
   const std::int64_t row_size = ceil_div(width, kStep) * kStep;
   const auto* x = static_cast<const typename Dot::Input*>(rows.x) + n * stride;
   const auto* w = static_cast<const typename Dot::Weight*>(packed.weight) + p * row_size;
   const auto probes =
       static_cast<int>(std::min<std::int64_t>(packed.probes - p, kSlicePanels * kPanel));
+  const std::int64_t slice = kSliceSteps / ceil_div(probes, kPanel) * kStep;
+  const bool cold = rows.rows * width * static_cast<std::int64_t>(sizeof *x) > kWarmBytes;
   Sums<Dot, kRows> sums[kBlocksAtOnce];
   for (int b = 0; b < blocks; ++b) {
     for (int r = 0; r < kRows; ++r) {
@@ -178,13 +181,13 @@ MIDSTREAM_TARGET void score_panels(const Packed& packed, const RowBlock& rows, s
       for (int q = 0; q < ceil_div(probes, kPanel) * kPanel; ++q) sums[b].dot[r][q] = Vec::zero();
     }
   }
-  for (std::int64_t i = 0; i < width; i += kColumns) {
-    const std::int64_t columns = std::min(width - i, kColumns);
+  for (std::int64_t i = 0; i < width; i += slice) {
+    const std::int64_t columns = std::min(width - i, slice);
     for (int b = 0; b < blocks; ++b) {
       const auto* from = x + b * kRows * stride + i;
       const auto* next = from + kRows * stride;
-      if (b + 1 == blocks) next = i + kColumns < width ? x + i + kColumns : next - i;
-      const bool more = n + (blocks + b + 1) * kRows <= rows.rows;
+      if (b + 1 == blocks) next = i + slice < width ? x + i + slice : next - i;
+      const bool more = cold && n + (blocks + b + 1) * kRows <= rows.rows;
       add_slice<Dot, kRows, kPanels, kSquare>(
           from, stride, w + i * kPanel, row_size, probes, columns,
           {next, from + blocks * kRows * stride, more ? kRows : 0}, sums[b]);
@@ -196,9 +199,10 @@ MIDSTREAM_TARGET void score_panels(const Packed& packed, const RowBlock& rows, s
   }
 }
 
-template <class Dot, int kRows, int kPanels>
+template <class Dot, int kRows>
 MIDSTREAM_TARGET void score_blocks(const Packed& packed, const RowBlock& rows, std::int64_t n,
                                    int blocks) {
+  constexpr int kPanels = Vec::kPanels;
   float scale[kBlocksAtOnce * kRows] = {};
   for (std::int64_t p = 0; p < packed.probes; p += kSlicePanels * kPanel) {
     if (p == 0 && packed.rms_norm) {
@@ -209,17 +213,16 @@ MIDSTREAM_TARGET void score_blocks(const Packed& packed, const RowBlock& rows, s
   }
 }
 
-/// Rows in blocks of Vec::kRows; each of those left goes with Vec::kPanels panels at a time.
 template <class Dot>
 MIDSTREAM_TARGET void score_rows(const Packed& packed, const RowBlock& rows) {
   std::int64_t n = 0;
   while (n + Vec::kRows <= rows.rows) {
     const auto blocks =
         static_cast<int>(std::min<std::int64_t>((rows.rows - n) / Vec::kRows, kBlocksAtOnce));
-    score_blocks<Dot, Vec::kRows, 1>(packed, rows, n, blocks);
+    score_blocks<Dot, Vec::kRows>(packed, rows, n, blocks);
     n += blocks * Vec::kRows;
   }
-  for (; n < rows.rows; ++n) score_blocks<Dot, 1, Vec::kPanels>(packed, rows, n, 1);
+  if (n < rows.rows) score_blocks<Dot, 1>(packed, rows, n, 1);
 }
 
 /// fp32 weights with rows of any dtype: products are exact in no narrower format.

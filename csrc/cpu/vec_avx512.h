@@ -1,8 +1,8 @@
-// Vec on AVX-512: 32 registers, of which 4 rows x 4 probes take 16 for sums, 4 for the rows'
-// squares, 4 for x and 1 for the weights.
+// Vec on AVX-512: 32 registers, of which 2 rows x 8 probes take 16 for sums, 2 for the rows'
+// squares, 2 for x and 1 for the weights. 4 rows x 4 probes need as many, but they read x twice.
 
 struct Vec {
-  static constexpr int kRows = 4, kPanels = 2;
+  static constexpr int kRows = 2, kPanels = 2;
   using Register = __m512;
   MIDSTREAM_INLINE static Register zero() { return _mm512_setzero_ps(); }
   MIDSTREAM_INLINE static Register splat(float value) { return _mm512_set1_ps(value); }
