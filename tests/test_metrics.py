@@ -389,21 +389,22 @@ def test_calibration_agrees_with_brier(horizon: int) -> None:
     assert found.n == len(forecasts(truths, risks, horizon)[0])
 
 
-def test_in_time_looks_no_further_than_the_violating_token() -> None:
-    m = measured(np.random.default_rng(fresh_seed()), 120)
+def test_in_time_looks_no_further_than_the_violating_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluation, "FALSE_HALT_RATES", (0.1, 0.5, 0.8))
+    m = measured(np.random.default_rng(fresh_seed()), 300)
     o = m.outcomes
     safe = [o.risks[e] for e in np.flatnonzero(o.safe)]
     peaks = [np.nanmax(risk) if (~np.isnan(risk)).any() else -1.0 for risk in safe]
-    threshold = sorted(peaks, reverse=True)[int(0.1 * len(peaks) + 1e-9)]
-    caught = [
-        bool((o.risks[e][: o.violates_at[e] + 2] > threshold).any())
-        for e in np.flatnonzero(o.located)
-    ]
     figures = evaluation.recall_at_rates(m)
-    assert figures["in_time_at_10%"].value == pytest.approx(np.mean(caught))
-    assert figures["in_time_at_10%"].value <= figures["recall_at_10%"].value + 1e-9 or (
-        o.violating.sum() != o.located.sum()
-    )
+    for rate in (0.1, 0.5, 0.8):
+        threshold = sorted(peaks, reverse=True)[int(rate * len(peaks) + 1e-9)]
+        caught = [
+            bool((o.risks[e][: o.violates_at[e] + 2] > threshold).any())
+            for e in np.flatnonzero(o.located)
+        ]
+        assert figures[f"in_time_at_{rate:.0%}"].value == pytest.approx(np.mean(caught))
 
 
 def test_leaks_fall_with_the_hold_back_and_their_figures_agree() -> None:
