@@ -12,7 +12,10 @@ from rich.console import Console
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
+from midstream.commands.evaluate import evaluate
 from midstream.commands.inspect import inspect
+from midstream.commands.record import record
+from midstream.commands.replay import replay
 from midstream.commands.score import score
 from midstream.commands.testbed import build_testbed, sample_testbed
 from midstream.commands.train import train
@@ -30,7 +33,8 @@ testbed_app = typer.Typer(
     help="The testbed: a small language whose rule, model and Bayes oracle are known.",
     no_args_is_help=True,
 )
-for command in (demo, watch, score, collect, train, inspect, doctor):
+COMMANDS = (demo, watch, score, collect, train, evaluate, record, replay, inspect, doctor)
+for command in COMMANDS:
     app.command()(command)
 testbed_app.command("build")(build_testbed)
 testbed_app.command("sample")(sample_testbed)

@@ -210,13 +210,19 @@ def inspect_table(summary: dict[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"calibrated on: {provenance['calibration_set']}\n{provenance['guarantee']}")
 
 
-def comparison_table(rows: Sequence[dict[str, Any]], many: int = 20) -> RenderableType:
-    """Methods and taps of ``midstream train``, best first."""
-    left = f", the best {many} of {len(rows)}" if len(rows) > many else ""
+def comparison_table(rows: Sequence[dict[str, Any]], many: int = 12) -> RenderableType:
+    """Methods and taps of ``midstream train``, best first, what reads the response before prompts.
+
+    Some methods train a read-out of another label as well; those are left to the report.
+    """
+    ordered = sorted(rows, key=lambda row: row["level"] == "prompt")
+    first = [row for row in ordered if row["hazard"] == ordered[0]["hazard"]]
+    shown = [*first[:many], *[row for row in first[many:] if row["level"] == "prompt"][:2]]
+    left = f", {len(shown)} of {len(rows)}" if len(rows) > len(shown) else ""
     table = Table(title=f"AUROC on examples that trained none{left}", title_justify="left")
     for header in ("method", "tap", "level"):
         table.add_column(header)
     table.add_column("AUROC", justify="right")
-    for row in rows[:many]:
+    for row in shown:
         table.add_row(row["method"], row["tap"], row["level"], f"{row['auroc']:.4f}")
     return table

@@ -14,11 +14,10 @@ from recordings import same
 
 from midstream import testbed
 from midstream.bundle import WrongModelError
-from midstream.commands.record import record_file
 from midstream.engines.hf import score
 from midstream.learn.align import encode
 from midstream.learn.examples import Example, Message, Span
-from midstream.measure.record import record
+from midstream.measure.record import record, record_file
 from midstream.measure.recording import TIER, Recording, RecordingError
 from midstream.measure.rejudge import rejudge
 from midstream.monitor import Monitor

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from midstream.bundle import Bundle
 from midstream.chain import Chain, ChainError
-from midstream.commands.replay import parse_thresholds, replay, tables
 from midstream.measure.compare import compare
 from midstream.measure.recording import Recording, RecordingError, probes_hash
 from midstream.measure.rejudge import rejudge
 from midstream.measure.sweep import sweep
+from midstream.measure.what_if import parse_thresholds, replay, tables
 from midstream.policy import Policy, PolicyError, Thresholds
 
 

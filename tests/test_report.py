@@ -297,7 +297,7 @@ def test_what_is_missing_names_the_extra(
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, report.Content]:
     pytest.importorskip("pyarrow")
     from midstream import testbed
-    from midstream.commands.evaluate import evaluate_data
+    from midstream.measure.evaluate import evaluate_data
 
     folder = tmp_path_factory.mktemp("evaluate")
     testbed.write_corpus(folder / "data.jsonl", 60, 11)
@@ -335,7 +335,7 @@ def test_a_recording_gives_the_same_figures(
     evaluated: tuple[Path, report.Content], tmp_path: Path
 ) -> None:
     from midstream import testbed
-    from midstream.commands.evaluate import evaluate_recording, summary
+    from midstream.measure.evaluate import evaluate_recording, summary
 
     out, found = evaluated
     ours = testbed.load_bundle()
@@ -354,7 +354,7 @@ def test_what_cannot_be_evaluated_leaves_no_folder(
     evaluated: tuple[Path, report.Content], tmp_path: Path
 ) -> None:
     from midstream import testbed
-    from midstream.commands.evaluate import evaluate_data, evaluate_recording
+    from midstream.measure.evaluate import evaluate_data, evaluate_recording
     from midstream.policy import PolicyError
 
     ours, path = testbed.load_bundle(), evaluated[0] / "recording.parquet"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,12 +24,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from midstream.commands.options import DataFormat, Json, Model
+
 if TYPE_CHECKING:
     from midstream.learn.examples import Example
     from midstream.taps import Tap
 
-FORMATS = ("jsonl", "csv", "parquet")
-SETS = ("toxic_spans", "xstest_prompts", "xstest_completions", "r_judge")
 MOST_TAPS = 8
 
 
@@ -38,19 +38,8 @@ def collect(
     out: Annotated[
         Path, typer.Option(help="New folder; or one that the same command began, to go on with it.")
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub id of a transformers model; the testbed's when not given."
-        ),
-    ] = None,
-    data_format: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(FORMATS)}, or the layout of a public set: {', '.join(SETS)}; by the "
-            "name of the file when not given."
-        ),
-    ] = None,
+    model: Model = None,
+    data_format: DataFormat = None,
     taps: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +55,7 @@ def collect(
             "A single one is also what labels without a name speak of."
         ),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json_: Json = False,
 ) -> None:
     """Feed labelled texts to a model and keep what its layers compute, for training probes.
 
@@ -77,10 +66,18 @@ def collect(
     from midstream.learn import collect as job
     from midstream.learn.align import encode, tabulate, truncation
     from midstream.learn.collection import DTYPES
+    from midstream.learn.public_sets import DATA_FORMATS, read_labelled
+    from midstream.learn.splits import grouped
 
+    if data_format is not None and data_format not in DATA_FORMATS:
+        raise typer.BadParameter(
+            f"--data-format {data_format}: use one of {', '.join(DATA_FORMATS)}"
+        )
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
-    examples = read(data, data_format, hazard)
+    name = hazard[0] if hazard and len(hazard) == 1 else None
+    # What is near the same stays together when the collection is split for training.
+    examples = grouped(list(read_labelled(data, data_format, hazard=name)))
     hazards = chosen_hazards(examples, hazard)
     loaded, tokenizer = testbed.load() if model is None else load(model)
     places = chosen_taps(loaded, taps)
@@ -147,22 +144,6 @@ def collect(
     speed = f"{fed} tokens in {seconds:.1f} s, {fed / seconds:.0f} tokens/s" if fed else "nothing"
     was = f"; {done[0]} were there already" if done[0] else ""
     console.print(f"collected {speed}{was}", markup=False, highlight=False, soft_wrap=True)
-
-
-def read(path: Path, data_format: str | None, hazard: Sequence[str] | None) -> list[Example]:
-    """Read labelled data, or a public set in its own layout."""
-    from midstream.learn import public_sets
-    from midstream.learn.readers import Format, read_examples
-
-    name = hazard[0] if hazard and len(hazard) == 1 else None
-    if data_format in SETS:
-        reader: Callable[..., Iterator[Example]] = getattr(public_sets, data_format)
-        return list(reader(path) if name is None else reader(path, hazard=name))
-    if data_format is not None and data_format not in get_args(Format):
-        raise typer.BadParameter(
-            f"--data-format {data_format}: use one of {', '.join((*FORMATS, *SETS))}"
-        )
-    return list(read_examples(path, format=cast("Format | None", data_format), hazard=name))
 
 
 def chosen_hazards(examples: Sequence[Example], asked: Sequence[str] | None) -> tuple[str, ...]:

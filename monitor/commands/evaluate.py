@@ -1,176 +1,90 @@
-"""``midstream evaluate``: labelled data, or a recording, to a report of what a monitor is worth."""
+"""``midstream evaluate``: what a bundle is worth on labelled data, as a page and as JSON."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from midstream.bundle import Bundle
-from midstream.learn.readers import read_examples
-from midstream.measure import report
-from midstream.measure.bootstrap import Figure
-from midstream.measure.evaluation import Measured
-from midstream.measure.outcomes import MeasureError
-from midstream.measure.record import record
-from midstream.measure.recording import Recording
-from midstream.measure.rejudge import rejudge
+import typer
+from rich.console import Console
+from rich.table import Table
 
-RECORDING, HTML, JSON = "recording.parquet", "report.html", "report.json"
+from midstream.commands.options import (
+    BundleOption,
+    DataFormat,
+    Json,
+    Model,
+    Tier,
+    load,
+    load_bundle,
+    progress_bar,
+)
 
 
-def evaluate_data(
-    data: Path,
-    out: Path,
-    model: Any,
-    tokenizer: Any,
-    bundle: Bundle,
-    *,
-    hazard: str | None = None,
-    tier: str | None = None,
-    columns: Sequence[str] | None = None,
-    look_alikes: str | None = None,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
-) -> report.Content:
-    """Feed labelled data to a model, and report how a bundle judges it.
+def evaluate(
+    out: Annotated[Path, typer.Option(help="New folder for report.html and report.json.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled texts; they go through the model once.")
+    ] = None,
+    recording: Annotated[
+        list[Path] | None,
+        typer.Option(help="Recorded streams instead, again for more; the model is not needed."),
+    ] = None,
+    model: Model = None,
+    bundle: BundleOption = None,
+    data_format: DataFormat = None,
+    hazard: Annotated[str | None, typer.Option(help="What labels without a name speak of.")] = None,
+    tier: Tier = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Keys of the data to break figures down by, with commas.")
+    ] = None,
+    look_alikes: Annotated[
+        str | None,
+        typer.Option(help="COLUMN=VALUE of benign texts that look harmful: over-refusal."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 16,
+    json_: Json = False,
+) -> None:
+    """Measure a bundle on labelled data and write a report.
 
-    Parameters
-    ----------
-    data : path
-        Examples, as `midstream.learn.readers.read_examples` takes them.
-    out : path
-        A new folder for ``recording.parquet``, ``report.html`` and ``report.json``. The recording
-        is there as soon as the model is done.
-    model, tokenizer, bundle, batch_size, progress
-        As for `midstream.measure.record.record`.
-    hazard : str, optional
-        What labels without a name speak of.
-    tier : str, optional
-        Any tier of the policy, its default when not given.
-    columns : sequence of str, optional
-        Keys of the data to break figures down by; when not given, the columns with few values.
-    look_alikes : str, optional
-        ``COLUMN=VALUE`` of benign texts that look harmful; a column of the data, or of ``columns``.
-
-    Returns
-    -------
-    dict
-        `midstream.measure.report.content`.
-
-    Raises
-    ------
-    FileExistsError
-        If there is anything at ``out``; before the work, not after it.
-    ExampleError, AlignmentError, WrongModelError, RecordingError, MeasureError, PolicyError
-        For data, a model, labels, columns or a tier that do not fit.
+    With --data the folder also holds recording.parquet, which `midstream replay` judges again.
     """
-    chosen = _look_alikes(look_alikes)
-    bundle.policy.row(_tier(bundle, tier))
-    out.mkdir(parents=True, exist_ok=False)
-    try:
-        examples = list(read_examples(data, hazard=hazard, columns=columns or ()))
-        recording = record(
-            model, tokenizer, examples, bundle, batch_size=batch_size, progress=progress
+    from midstream.measure.evaluate import evaluate_data, evaluate_recording, summary
+    from midstream.measure.report import to_json
+
+    if (data is None) == (recording is None):
+        raise typer.BadParameter("give either --data or --recording")
+    keys = None if columns is None else [key.strip() for key in columns.split(",")]
+    if data is None:
+        ours = load_bundle(bundle)
+        content = evaluate_recording(
+            recording or [], out, ours, tier=tier, columns=keys, look_alikes=look_alikes
         )
-        recording.save(out / RECORDING)
-    except BaseException:
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise
-    sources = {"data": data.name, "data_sha256": _sha256(data)}
-    return _write(recording, bundle, out, sources, tier, columns, chosen)
-
-
-def evaluate_recording(
-    paths: Sequence[Path],
-    out: Path,
-    bundle: Bundle,
-    *,
-    tier: str | None = None,
-    columns: Sequence[str] | None = None,
-    look_alikes: str | None = None,
-) -> report.Content:
-    """Report how a bundle judges recorded streams; the model is not needed.
-
-    Parameters
-    ----------
-    paths : sequence of path
-        Files of one bundle, as `midstream.measure.recording.Recording.save` writes them.
-    out : path
-        A new folder for ``report.html`` and ``report.json``.
-    bundle, tier, columns, look_alikes
-        As for :func:`evaluate_data`; the bundle has the probes of the recording.
-
-    Raises
-    ------
-    FileExistsError, RecordingError, MeasureError, PolicyError
-        As :func:`evaluate_data`.
-    """
-    chosen = _look_alikes(look_alikes)
-    bundle.policy.row(_tier(bundle, tier))
-    recording = Recording.load(*paths)
-    sources = {
-        "recording": ", ".join(path.name for path in paths),
-        "recording_sha256": ", ".join(_sha256(path) for path in paths),
-    }
-    out.mkdir(parents=True, exist_ok=False)
-    try:
-        return _write(recording, bundle, out, sources, tier, columns, chosen)
-    except BaseException:
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise
-
-
-def summary(content: report.Content) -> list[tuple[str, str, str]]:
-    """Title, value and interval of the figures that head the report, for a terminal."""
-    rows = []
-    for key in report.CARDS:
-        unit, title, note = report.TITLES[key]
-        figure: Figure = content["headline"][key]
-        rows.append(
-            (f"{title}, {note}", report.show(figure, unit), report.show_interval(figure, unit))
-        )
-    return rows
-
-
-def _write(
-    recording: Recording,
-    bundle: Bundle,
-    out: Path,
-    sources: dict[str, str],
-    tier: str | None,
-    columns: Sequence[str] | None,
-    look_alikes: tuple[str, str] | None,
-) -> report.Content:
-    name = _tier(bundle, tier)
-    judgement = rejudge(recording, bundle, tier=name)
-    measured = Measured.of(recording, judgement, bundle, tier=name)
-    found = report.content(measured, sources=sources, columns=columns, look_alikes=look_alikes)
-    for file, text in ((JSON, report.to_json(found)), (HTML, report.to_html(measured, found))):
-        partial = out / f".{file}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out / file)
-    return found
-
-
-def _tier(bundle: Bundle, tier: str | None) -> Any:
-    """An evaluation may look at a tier that clients may not ask for."""
-    return tier or bundle.policy.default_tier
-
-
-def _look_alikes(chosen: str | None) -> tuple[str, str] | None:
-    if chosen is None:
-        return None
-    column, sign, value = chosen.partition("=")
-    if not (column and sign and value):
-        raise MeasureError(f"look-alikes: expected COLUMN=VALUE, got {chosen!r}")
-    return column, value
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        loaded, tokenizer, ours = load(model, bundle)
+        with progress_bar(json_) as bar:
+            content = evaluate_data(
+                data,
+                out,
+                loaded,
+                tokenizer,
+                ours,
+                data_format=data_format,
+                hazard=hazard,
+                tier=tier,
+                columns=keys,
+                look_alikes=look_alikes,
+                batch_size=batch_size,
+                progress=lambda done, total: bar("score", done, total),
+            )
+    if json_:
+        print(to_json(content))
+        return
+    console = Console()
+    table = Table(title="95 % intervals by bootstrap over responses", title_justify="left")
+    for header in ("figure", "value", "interval"):
+        table.add_column(header, justify="left" if header == "figure" else "right")
+    for row in summary(content):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"wrote {out / 'report.html'}", highlight=False, markup=False)

@@ -23,6 +23,13 @@ BundleOption = Annotated[
     Path | None,
     typer.Option(help="Folder of the bundle made for the model; the testbed's when not given."),
 ]
+DataFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="jsonl, csv or parquet, or the layout of a public set: toxic_spans, xstest_prompts, "
+        "xstest_completions, r_judge; by the end of the file's name when not given."
+    ),
+]
 Tier = Annotated[str | None, typer.Option(help="Strictness: strict, moderate or loose.")]
 
 
@@ -39,15 +46,23 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
 def load(model: str | None, bundle: Path | None) -> tuple[Any, Any, Bundle]:
     """Model, tokenizer and bundle; the testbed's where none is named."""
     from midstream import testbed
-    from midstream.bundle import Bundle, Fingerprint
+    from midstream.bundle import Fingerprint
     from midstream.engines.hf import load
 
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
-    ours = Bundle.load(bundle) if bundle is not None else testbed.load_bundle()
+    ours = load_bundle(bundle)
     loaded, tokenizer = load(model) if model is not None else testbed.load()
     ours.fingerprint.check(Fingerprint.of(loaded, tokenizer))
     return loaded, tokenizer, ours
+
+
+def load_bundle(bundle: Path | None) -> Bundle:
+    """Bundle in a folder, or the testbed's."""
+    from midstream import testbed
+    from midstream.bundle import Bundle
+
+    return Bundle.load(bundle) if bundle is not None else testbed.load_bundle()
 
 
 def new_monitor(bundle: Bundle, **options: Any) -> Any:

@@ -1,62 +1,63 @@
-"""``midstream record``: labelled data through a model once, to a recording."""
+"""``midstream record``: streams as their probes see them, to be judged again without the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from midstream.bundle import Bundle
-from midstream.learn.readers import Format, read_examples
-from midstream.measure.record import record
-from midstream.measure.recording_file import refuse_existing
+import typer
+
+from midstream.commands.options import (
+    BundleOption,
+    DataFormat,
+    Json,
+    Model,
+    load,
+    progress_bar,
+)
 
 
-def record_file(
-    source: Path,
-    output: Path,
-    model: Any,
-    tokenizer: Any,
-    bundle: Bundle,
-    *,
-    format: Format | None = None,
-    hazard: str | None = None,
-    columns: Sequence[str] = (),
-    labelled: bool = True,
-    batch_size: int = 16,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Read data as `midstream.learn.readers.read_examples` does, and save their recording.
+def record(
+    data: Annotated[Path, typer.Option(help="Texts or conversations; JSONL, CSV or Parquet.")],
+    out: Annotated[Path, typer.Option(help="New Parquet file.")],
+    model: Model = None,
+    bundle: BundleOption = None,
+    data_format: DataFormat = None,
+    hazard: Annotated[str | None, typer.Option(help="What labels without a name speak of.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="Keys of the data to keep, with commas between.")
+    ] = "",
+    labelled: Annotated[
+        bool, typer.Option(help="Whether every row must have a label of some kind.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 16,
+    json_: Json = False,
+) -> None:
+    """Feed given texts to a model and keep what the bundle's probes say at every token.
 
-    Parameters
-    ----------
-    source, output : path
-        A file of examples, and the Parquet file to be written.
-    model, tokenizer, bundle, batch_size, progress
-        As for `midstream.measure.record.record`.
-    format, hazard, columns, labelled
-        As for the reader. Without labels a recording can be replayed, and not evaluated.
-
-    Returns
-    -------
-    dict
-        Streams, tokens, and bytes of the file.
-
-    Raises
-    ------
-    FileExistsError
-        If there is anything at ``output``; before the work, not after it.
-    ValueError
-        As the reader and `record` do.
+    Some ten bytes per token, for `midstream replay` and `midstream evaluate --recording`.
     """
-    refuse_existing(output)
-    examples = list(
-        read_examples(source, format=format, hazard=hazard, columns=columns, labelled=labelled)
-    )
-    recording = record(model, tokenizer, examples, bundle, batch_size=batch_size, progress=progress)
-    recording.save(output)
-    return {
-        "streams": len(recording),
-        "tokens": len(recording.position),
-        "bytes": output.stat().st_size,
-    }
+    from midstream.measure.record import record_file
+
+    loaded, tokenizer, ours = load(model, bundle)
+    with progress_bar(json_) as bar:
+        told = record_file(
+            data,
+            out,
+            loaded,
+            tokenizer,
+            ours,
+            data_format=data_format,
+            hazard=hazard,
+            columns=[key.strip() for key in columns.split(",") if key.strip()],
+            labelled=labelled,
+            batch_size=batch_size,
+            progress=lambda done, total: bar("record", done, total),
+        )
+    if json_:
+        print(json.dumps(told))
+    else:
+        typer.echo(
+            f"{out}: {told['streams']} streams, {told['tokens']} tokens, {told['bytes']} bytes"
+        )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from midstream.commands.options import progress_bar
+from midstream.commands.options import Json, progress_bar
 from midstream.policy import TIERS, TierName
 
 
@@ -40,7 +40,7 @@ def train(
         Path | None, typer.Option(help="HTML page that compares methods and layers.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of training.")] = 0,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json_: Json = False,
 ) -> None:
     """Train every method at every tap, choose, calibrate with a guarantee, and write a bundle.
 

@@ -47,7 +47,7 @@ class Compared:
 def compare(read_outs: Sequence[ReadOut], source: Source) -> list[Compared]:
     """Rank read-outs, each by the labels of its own hazard, best first.
 
-    Ties, to four digits, go to the one that reads fewer and earlier taps.
+    Ties, to three digits, go to the one that reads fewer and earlier taps.
     One pass over the residuals; memory is 4 bytes per read-out and token.
 
     Raises
@@ -62,7 +62,7 @@ def compare(read_outs: Sequence[ReadOut], source: Source) -> list[Compared]:
         level = level_of(read_out, source.tokens, hazard)
         found.append(Compared(read_out, level, auroc(values, source.tokens, hazard, level)))
     return sorted(
-        found, key=lambda c: (-round(c.auroc, 4), len(c.read_out.taps), sorted(c.read_out.taps))
+        found, key=lambda c: (-round(c.auroc, 3), len(c.read_out.taps), sorted(c.read_out.taps))
     )
 
 

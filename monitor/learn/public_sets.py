@@ -1,15 +1,15 @@
-"""Readers of public research data, each from the file as published."""
+"""Readers of public research data, each from the file as published; and of any labelled file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from midstream.learn.examples import Example
 from midstream.learn.layout import RowError, examples_of
-from midstream.learn.readers import ExampleError
+from midstream.learn.readers import ExampleError, Format, read_examples
 from midstream.texts import records
 
 _REFUSAL = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": None}
@@ -180,3 +180,40 @@ def _example(
         return examples_of(row, id=f"{Path(path).stem}:{line}", hazard=hazard)[0]
     except RowError as error:
         raise ExampleError(f"{path}, line {line}: {error}") from error
+
+
+SETS: dict[str, Callable[..., Iterator[Example]]] = {
+    "toxic_spans": toxic_spans,
+    "xstest_prompts": xstest_prompts,
+    "xstest_completions": xstest_completions,
+    "r_judge": r_judge,
+}
+
+DATA_FORMATS = (*get_args(Format), *SETS)
+"""What a file of labelled data can be: a layout of `midstream.learn.readers`, or a public set."""
+
+
+def read_labelled(
+    path: Path,
+    data_format: str | None = None,
+    *,
+    hazard: str | None = None,
+    columns: Sequence[str] = (),
+    labelled: bool = True,
+) -> Iterator[Example]:
+    """Read a file of any of `DATA_FORMATS`; by the end of its name when none is given.
+
+    Other parameters and errors as for `midstream.learn.readers.read_examples`. A public set has its
+    own columns.
+    """
+    if data_format is not None and data_format not in DATA_FORMATS:
+        raise ExampleError(f"data format {data_format!r}: there are {', '.join(DATA_FORMATS)}")
+    if data_format in SETS:
+        return SETS[data_format](path) if hazard is None else SETS[data_format](path, hazard=hazard)
+    return read_examples(
+        path,
+        format=cast("Format | None", data_format),
+        hazard=hazard,
+        columns=columns,
+        labelled=labelled,
+    )

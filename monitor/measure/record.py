@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from midstream.engines.hf.checks import window
 from midstream.engines.hf.scoring import GivenTokens, feed
 from midstream.learn.align import encode
 from midstream.learn.examples import Example
+from midstream.learn.public_sets import read_labelled
 from midstream.measure.recording import TIER, Recording, RecordingError, probes_hash
+from midstream.measure.recording_file import refuse_existing
 from midstream.measure.traces import trace_rows
 from midstream.monitor import Monitor
 
@@ -113,3 +116,53 @@ def record(
         },
         probes_hash=probes_hash(bundle.bank),
     )
+
+
+def record_file(
+    source: Path,
+    output: Path,
+    model: Any,
+    tokenizer: Any,
+    bundle: Bundle,
+    *,
+    data_format: str | None = None,
+    hazard: str | None = None,
+    columns: Sequence[str] = (),
+    labelled: bool = True,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Read data as `midstream.learn.public_sets.read_labelled` does, and save their recording.
+
+    Parameters
+    ----------
+    source, output : path
+        A file of examples, and the Parquet file to be written.
+    model, tokenizer, bundle, batch_size, progress
+        As for `midstream.measure.record.record`.
+    data_format, hazard, columns, labelled
+        As for the reader. Without labels a recording can be replayed, and not evaluated.
+
+    Returns
+    -------
+    dict
+        Streams, tokens, and bytes of the file.
+
+    Raises
+    ------
+    FileExistsError
+        If there is anything at ``output``; before the work, not after it.
+    ValueError
+        As the reader and `record` do.
+    """
+    refuse_existing(output)
+    examples = list(
+        read_labelled(source, data_format, hazard=hazard, columns=columns, labelled=labelled)
+    )
+    recording = record(model, tokenizer, examples, bundle, batch_size=batch_size, progress=progress)
+    recording.save(output)
+    return {
+        "streams": len(recording),
+        "tokens": len(recording.position),
+        "bytes": output.stat().st_size,
+    }
