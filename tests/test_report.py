@@ -264,7 +264,7 @@ def test_training_is_compared_layer_by_layer() -> None:
     )
     page = check(text)
     assert "<script" not in text
-    assert "Best: logistic at resid_post.1, token AUROC 0.900" in page.text
+    assert "Best: logistic at resid_post.1, AUROC 0.900" in page.text
     assert page.text.count("not defined") >= 4  # two in each table
     assert "few examples" in page.text
     assert "loss 0.5" in page.text

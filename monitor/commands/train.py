@@ -82,7 +82,7 @@ def train(
         from midstream.measure.report import training_report
 
         page = training_report(
-            rows,
+            [_shortened(row) for row in sorted(rows, key=lambda row: row["level"] == "prompt")],
             title=f"Probes for {name}",
             about={
                 "collection": f"{collection.name}, {len(data.tokens)} examples",
@@ -112,6 +112,12 @@ def train(
         console.print(f"not trained: {name}: {reason}", highlight=False, markup=False)
     console.print(trained.bundle.policy.provenance.guarantee, highlight=False, markup=False)
     console.print(f"wrote {out}", highlight=False, markup=False)
+
+
+def _shortened(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a read-out over many taps, with a tap that fits into a column's head."""
+    count = row["tap"].count("+") + 1
+    return row if count == 1 else {**row, "tap": f"{count} taps"}
 
 
 def _hazard(asked: str | None, there: tuple[str, ...]) -> str:

@@ -93,6 +93,8 @@ def reliability(points: Sequence[dict[str, float]], horizon: int) -> str:
         top.plot(risk, true, color=_BLUE, marker="o", markersize=4)
         bottom.bar(risk, tokens, width=0.06, color=_BLUE, alpha=0.6)
         bottom.set(yscale="log", ylabel="tokens", xlabel="risk said")
+        bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        bottom.yaxis.set_minor_formatter(lambda value, _: "")
 
     return _svg(draw, "reliability", (3.6, 3.6))
 
