@@ -1,14 +1,16 @@
 """Recompute docs/figures.json, and the README's tables from it.
 
-    python bench/figures.py             run every command, rewrite file and README
-    python bench/figures.py --render    only rewrite the README from the file
+    python bench/figures.py                      run every command, rewrite file and README
+    python bench/figures.py --only learn,replay  run these parts, keep the others
+    python bench/figures.py --render             only rewrite the README from the file
 
-The figure on real text needs the folder ``toxic_spans`` of SemEval-2021 Task 5: name it in
-``MIDSTREAM_TOXIC_SPANS``. Without it that entry is left as it stands, and this is said.
+The figures on real text need public data: name the folder that holds ``toxic_spans`` and ``xstest``
+in ``MIDSTREAM_DATA``. Without it those entries are left as they stand, and this is said.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -18,20 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import quick
+from figures_page import DEMO, render
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "figures.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
-DEMO = "midstream demo --streams 500 --seed 0 --json"
 LLAMA = "python bench/overhead.py"
 SLOTS = "midstream inspect --json monitor/testbed/bundle"
-TOXIC = "docs/toxic_spans.md"
+TOXIC, XSTEST = "docs/toxic_spans.md", "docs/xstest.md"
 
 WHO = {
     "midstream": ("modes", None),
@@ -54,7 +57,18 @@ ASKED = {
     "overhead_llama_batch_8": "≤ 1.01",
     "demo_seconds": "≤ 60",
     "toxic_token_auroc": "≥ 0.82",
+    "toxic_spans_char_f1": "≥ 0.65",
+    "testbed_probe_auroc_vs_oracle": "≥ 0.98",
+    "collect_and_train_minutes": "≤ 10",
+    "collect_vs_forward": "≤ 1.2",
+    "calibration_bound_broken_share": "≤ 0.1 but for chance",
+    "calibration_bound_broken_share_crc": "≤ 0.1 but for chance",
+    "replay_seconds": "≤ 60",
 }
+
+
+Figure = tuple[str, float, str, str]
+"""Name, value, unit, command."""
 
 
 def machine() -> str:
@@ -85,149 +99,118 @@ def run(command: str) -> str:
     return done.stdout
 
 
-def collect() -> dict[str, dict[str, Any]]:
-    """Run everything and return the entries."""
-    figures: dict[str, dict[str, Any]] = {}
-    stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
-
-    def enter(name: str, value: float, unit: str, command: str, asked: str | None = None) -> None:
-        figures[name] = {
-            "value": value,
-            "unit": unit,
-            "asked": asked or ASKED.get(name),
-            "command": command,
-            **stamp,
-        }
-
-    demo = json.loads(run(DEMO))
-    enter("demo_streams", demo["streams"], "streams", DEMO)
-    enter("demo_violating", demo["violating_unmonitored"], "streams", DEMO)
+def demo() -> Iterator[Figure]:
+    """Halting on the testbed, and what watching costs there."""
+    found = json.loads(run(DEMO))
+    yield "demo_streams", found["streams"], "streams", DEMO
+    yield "demo_violating", found["violating_unmonitored"], "streams", DEMO
     for who, (group, key) in WHO.items():
-        part = demo[group][key] if key else demo[group]
+        part = found[group][key] if key else found[group]
         for mode, keys in (("detect", DETECT), ("forecast", FORECAST)):
             for item in keys:
                 unit = "tokens" if "token" in item else "score" if item == "brier" else "fraction"
-                enter(f"{mode}_{who}_{item}", part[mode][item], unit, DEMO)
+                yield f"{mode}_{who}_{item}", part[mode][item], unit, DEMO
     for name, item in (("lead_ratio", "lead_tokens_median"), ("brier_ratio", "brier")):
-        ours, best = demo["modes"]["forecast"][item], demo["oracle"]["forecast"][item]
-        enter(f"forecast_{name}", ours / best, "ratio to the oracle", DEMO)
+        ours, best = found["modes"]["forecast"][item], found["oracle"]["forecast"][item]
+        yield f"forecast_{name}", ours / best, "ratio to the oracle", DEMO
     for batch in ("batch_1", "batch_8"):
-        enter(f"overhead_testbed_{batch}", demo["overhead"][batch], "ratio", DEMO)
-
-    llama = json.loads(run(LLAMA))
-    for batch in ("batch_1", "batch_8"):
-        enter(f"overhead_llama_{batch}", llama[batch], "ratio", LLAMA)
-
-    kernels = json.loads(run(quick.COMMAND))
-    for name, (value, unit, asked, command) in quick.figures(kernels).items():
-        enter(name, value, unit, command, asked)
-
+        yield f"overhead_testbed_{batch}", found["overhead"][batch], "ratio", DEMO
     begin = time.perf_counter()
     run("midstream demo")
-    enter("demo_seconds", round(time.perf_counter() - begin, 1), "s", "midstream demo")
-
+    yield "demo_seconds", round(time.perf_counter() - begin, 1), "s", "midstream demo"
     bytes_per_slot = json.loads(run(SLOTS))["bytes_per_slot"]
-    enter("slot_bytes", bytes_per_slot, "bytes per stream", SLOTS)
-
-    data = os.environ.get("MIDSTREAM_TOXIC_SPANS")
-    if data:
-        enter("toxic_token_auroc", toxic_auroc(Path(data)), "AUROC", TOXIC)
-    elif FILE.exists() and "toxic_token_auroc" in (old := json.loads(FILE.read_text())):
-        print("MIDSTREAM_TOXIC_SPANS is not set: toxic_token_auroc is kept", file=sys.stderr)
-        figures["toxic_token_auroc"] = old["toxic_token_auroc"]
-    return figures
+    yield "slot_bytes", bytes_per_slot, "bytes per stream", SLOTS
 
 
-def toxic_auroc(data: Path) -> float:
-    """Run the recipe of docs/toxic_spans.md."""
-    with tempfile.TemporaryDirectory() as folder:
-        bundle, scores = f"{folder}/bundle", f"{folder}/scores.jsonl"
-        recipe = "python bench/toxic_spans.py"
-        run(f"{recipe} fit {shlex.quote(str(data / 'train.csv'))} {bundle}")
-        model = run(f"{recipe} model").strip()
-        trial = shlex.quote(str(data / "trial.csv"))
-        run(
-            f"midstream score --model {shlex.quote(model)} --bundle {bundle} "
-            f"--input {trial} --output {scores}"
-        )
-        return float(json.loads(run(f"{recipe} auroc {trial} {scores}"))["token_auroc"])
+def llama() -> Iterator[Figure]:
+    """What watching costs on a larger model."""
+    found = json.loads(run(LLAMA))
+    for batch in ("batch_1", "batch_8"):
+        yield f"overhead_llama_{batch}", found[batch], "ratio", LLAMA
 
 
-def render(figures: dict[str, dict[str, Any]]) -> str:
-    """Return the README's block of tables."""
+def kernels() -> Iterator[Figure]:
+    """The kernels' ratios; what is asked of them stands beside their measurement."""
+    found = json.loads(run(quick.COMMAND))
+    for name, (value, unit, asked, command) in quick.figures(found).items():
+        if asked is not None:
+            ASKED[name] = asked
+        yield name, value, unit, command
 
-    def value(name: str) -> Any:
-        return figures[name]["value"]
 
-    def percent(name: str) -> str:
-        return f"{value(name):.1%}"
+def learn() -> Iterator[Figure]:
+    """Probes against the oracle, and how long they take."""
+    command = "python bench/learn.py"
+    found = json.loads(run(command))
+    for name, unit in (
+        ("testbed_probe_auroc_vs_oracle", "ratio to the oracle"),
+        ("collect_and_train_minutes", "min"),
+    ):
+        yield name, found[name], unit, command
 
-    titles = {
-        "midstream": "**midstream**",
-        "oracle": "Bayes oracle",
-        "threshold": "single-token threshold, no chain",
-        "ema": "EMA threshold, no chain",
+
+def collecting() -> Iterator[Figure]:
+    """What collecting costs over a forward pass."""
+    command = "python bench/collect.py"
+    yield "collect_vs_forward", json.loads(run(command))["collect_vs_forward"], "ratio", command
+
+
+def calibration() -> Iterator[Figure]:
+    """How often the promises about false halts are broken."""
+    command = "python bench/calibration.py"
+    found = json.loads(run(command))["calibration_bound_broken_share"]
+    for suffix, method in (("", "ltt"), ("_crc", "crc")):
+        yield f"calibration_bound_broken_share{suffix}", found[method], "fraction", command
+
+
+def replaying() -> Iterator[Figure]:
+    """Judging recorded streams again."""
+    command = "python bench/replay.py"
+    yield "replay_seconds", json.loads(run(command))["replay_seconds"], "s", command
+
+
+def real_text() -> Iterator[Figure]:
+    """The recipes of docs/toxic_spans.md and docs/xstest.md."""
+    folder = os.environ.get("MIDSTREAM_DATA")
+    if folder is None:
+        print("MIDSTREAM_DATA is not set: figures on real text are kept", file=sys.stderr)
+        return
+    train, trial = (shlex.quote(f"{folder}/toxic_spans/{part}.csv") for part in ("train", "trial"))
+    recipe = "python bench/toxic_spans.py"
+    with tempfile.TemporaryDirectory() as out:
+        bundle, scores = f"{out}/bundle", f"{out}/scores.jsonl"
+        run(f"{recipe} fit {train} {bundle}")
+        model = shlex.quote(run(f"{recipe} model").strip())
+        run(f"midstream score --model {model} --bundle {bundle} --input {trial} --output {scores}")
+        found = json.loads(run(f"{recipe} auroc {trial} {scores}"))
+    yield "toxic_token_auroc", found["token_auroc"], "AUROC", TOXIC
+    found = json.loads(run(f"{recipe} f1 {train} {trial}"))
+    for suffix in ("", "_k0", "_k1", "_k2", "_k4", "_k8"):
+        name = f"toxic_spans_char_f1{suffix}"
+        yield name, found[name], "F1", TOXIC
+    found = json.loads(run(f"python bench/xstest.py {shlex.quote(f'{folder}/xstest')}"))
+    yield "xstest_over_refusal", found["xstest_over_refusal"], "fraction", XSTEST
+
+
+PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
+    "demo": demo,
+    "llama": llama,
+    "kernels": kernels,
+    "learn": learn,
+    "collect": collecting,
+    "calibration": calibration,
+    "replay": replaying,
+    "text": real_text,
+}
+
+
+def measured(part: str) -> dict[str, dict[str, Any]]:
+    """Run one part and return its entries."""
+    stamp = {"machine": machine(), "date": datetime.date.today().isoformat()}
+    return {
+        name: {"value": value, "unit": unit, "asked": ASKED.get(name), "command": command, **stamp}
+        for name, value, unit, command in PARTS[part]()
     }
-    lines = [
-        f"`{DEMO}`: {value('demo_violating')} of {value('demo_streams')} responses violate when "
-        "nobody watches.",
-        "",
-        "| detect (horizon 0) | violating tokens that left | missed | false halts | "
-        "tokens seen, median |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for who, title in titles.items():
-        cells = (
-            str(value(f"detect_{who}_leaked_tokens")),
-            percent(f"detect_{who}_missed_rate"),
-            percent(f"detect_{who}_false_halt_rate"),
-            f"{value(f'detect_{who}_median_tokens_seen'):g}",
-        )
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| forecast, at the oracle's false-halt rate | false halts | lead in tokens, median | "
-        "Brier score |",
-        "|---|--:|--:|--:|",
-    ]
-    for who, title in titles.items():
-        cells = (
-            percent(f"forecast_{who}_false_halt_rate"),
-            f"{value(f'forecast_{who}_lead_tokens_median'):g}",
-            f"{value(f'forecast_{who}_brier'):.4f}",
-        )
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += ["", "| figure | asked | measured | command |", "|---|--:|--:|---|"]
-    rows = {
-        "forecast_lead_ratio": "lead, share of the oracle's",
-        "forecast_brier_ratio": "Brier score, ratio to the oracle's",
-        "overhead_testbed_batch_1": "time per token, ratio, testbed model, batch 1",
-        "overhead_testbed_batch_8": "the same, batch 8",
-        "overhead_llama_batch_1": "the same, Llama of 134 M random parameters, batch 1",
-        "overhead_llama_batch_8": "the same, batch 8",
-        "cpu_step_vs_eager": "decode step on the CPU, times faster than eager PyTorch, worst N",
-        "cpu_step_vs_compile": "the same, than torch.compile",
-        "cpu_prefill_vs_read": "prefill score on the CPU, time over only reading the input",
-        "cpu_amx_vs_avx512": "AMX, times faster than AVX-512",
-        "cpu_call_us": "cost of a call on the CPU, microseconds",
-        "gpu_decode_vs_empty": "decode in a CUDA graph, time over an empty kernel's",
-        "gpu_prefill_vs_copy": "prefill, share of the copy bandwidth",
-        "gpu_norm_score_vs_norm": "norm with 8 probes, time over the norm alone",
-        "gpu_llm_step_ratio": "time per token of an 8 B Llama with CUDA graphs, ratio",
-        "slot_bytes": "memory of a slot with the default bundle, bytes",
-        "demo_seconds": "the whole demo, seconds",
-        "toxic_token_auroc": "token AUROC on 690 real comments",
-    }
-    for name, title in rows.items():
-        if name in figures:
-            entry = figures[name]
-            shown = f"{entry['value']:.3f}" if isinstance(entry["value"], float) else entry["value"]
-            command = entry["command"]
-            link = f"[{command}]({command})" if command.endswith(".md") else f"`{command}`"
-            lines.append(f"| {title} | {entry['asked'] or '–'} | {shown} | {link} |")
-    first = next(iter(figures.values()))
-    lines += ["", f"Measured on {first['machine']}, {first['date']}."]
-    return "\n".join(lines)
 
 
 def readme_with(figures: dict[str, dict[str, Any]], readme: str) -> str:
@@ -239,10 +222,15 @@ def readme_with(figures: dict[str, dict[str, Any]], readme: str) -> str:
 
 def main() -> None:
     """Recompute, or only render."""
-    if "--render" not in sys.argv[1:]:
-        figures = collect()
-        FILE.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    chosen = parser.parse_args()
     figures = json.loads(FILE.read_text(encoding="utf-8"))
+    for part in [] if chosen.render else chosen.only.split(","):
+        figures |= measured(part)
+        text = json.dumps(figures, indent=1, ensure_ascii=False)
+        FILE.write_text(text + "\n", encoding="utf-8")
     README.write_text(readme_with(figures, README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
