@@ -1,6 +1,6 @@
 """How often a promise about false halts is broken: 200 calibrations on testbed streams.
 
-    python bench/calibration.py [--streams 8000]
+    python bench/calibration.py [--streams 4000]
 
 The testbed's model writes, the shipped bundle reads, and the peak risks of the safe responses are
 the pool. Each calibration draws its set with replacement: the pool is the whole world then, the
@@ -119,7 +119,7 @@ def repeated(
 
 
 def main(
-    streams: Annotated[int, typer.Option(help="Responses to write.")] = 8000,
+    streams: Annotated[int, typer.Option(help="Responses to write.")] = 4000,
     size: Annotated[int, typer.Option(help="Safe responses of a calibration set.")] = 500,
     times: Annotated[int, typer.Option(help="Calibrations.")] = 200,
     alpha: Annotated[float, typer.Option(help="False halts per response.")] = 0.05,

@@ -144,6 +144,7 @@ def learn() -> Iterator[Figure]:
     found = json.loads(run(command))
     for name, unit in (
         ("testbed_probe_auroc_vs_oracle", "ratio to the oracle"),
+        ("testbed_forecast_auroc_vs_oracle", "ratio to the oracle"),
         ("collect_and_train_minutes", "min"),
     ):
         yield name, found[name], unit, command

@@ -33,6 +33,7 @@ ROWS = {
     "toxic_spans_char_f1_k8": "8 tokens ahead",
     "xstest_over_refusal": "over-refusal on XSTest's safe look-alikes",
     "testbed_probe_auroc_vs_oracle": "token AUROC of the best trained probe, share of the oracle's",
+    "testbed_forecast_auroc_vs_oracle": "the same for a violation within 24 tokens",
     "collect_and_train_minutes": "1 M tokens at 4 taps collected, every method trained, minutes",
     "collect_vs_forward": "collecting at 4 taps, time over the bare forward pass",
     "calibration_bound_broken_share": "200 calibrations that broke their bound, learn-then-test",

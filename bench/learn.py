@@ -3,10 +3,9 @@
     python bench/learn.py [--tokens 1000000]
 
 Dialogues of the grammar, so that the truth is known: collected at four taps, half of them train
-every method, the others rank their tokens. Two hazards: ``now``, the violating token, which the
-oracle knows for sure, and ``soon``, a violation within the next 24 tokens, which it can only
-forecast. Prints one JSON object; ``testbed_probe_auroc_vs_oracle`` is the smaller of the two
-shares of the oracle's token AUROC that the best read-out reaches.
+every method, the others rank their tokens. Two hazards: the violating token, which the oracle knows
+for sure (AUROC 1), and a violation within the next 24 tokens, which it can only forecast. Prints
+one JSON object: the shares of the oracle's token AUROC that the best read-out of one token reaches.
 """
 
 from __future__ import annotations
@@ -36,6 +35,9 @@ from midstream.testbed.fit import HORIZON
 from midstream.testbed.grammar import HAZARD, REFUSAL
 
 TAPS = [Tap(layer, "resid_post") for layer in range(4)]
+FORECASTERS = ("logistic", "logistic-joint", "lda")
+"""What is trained for `SOON` as well; all methods are for `NOW`."""
+
 NOW, SOON = HAZARD, f"{HAZARD} within {HORIZON} tokens"
 
 
@@ -107,19 +109,25 @@ def main(
         rows, best, seconds, left_out = [], {}, {}, {}
         for hazard in (NOW, SOON):
             read_outs = []
-            for name in METHODS:
+            for name in METHODS if hazard == NOW else FORECASTERS:
                 begin = time.perf_counter()
                 try:
                     read_outs += method_class(name)().fit(learn, Task(hazard, REFUSAL))
                 except MissingLabelsError as error:
                     left_out[name] = str(error)
-                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
-            compared = compare(read_outs, judge, hazard)
-            rows += [{"hazard": hazard, **c.row()} for c in compared]
-            best[hazard] = next(c.auroc for c in compared if c.level == "token")
+                if hazard == NOW:
+                    seconds[name] = time.perf_counter() - begin
+            compared = compare(read_outs, judge)
+            rows += [c.row() for c in compared]
+            best[hazard] = next(
+                c.auroc
+                for c in compared
+                if c.level == "token" and c.read_out.probes[0].hazard == hazard
+            )
         oracle = {NOW: 1.0, SOON: oracle_auroc(judge.tokens, dialogues[half:])}
     result = {
-        "testbed_probe_auroc_vs_oracle": min(best[h] / oracle[h] for h in (NOW, SOON)),
+        "testbed_probe_auroc_vs_oracle": best[NOW] / oracle[NOW],
+        "testbed_forecast_auroc_vs_oracle": best[SOON] / oracle[SOON],
         "auroc": {h: {"best probe": best[h], "oracle": oracle[h]} for h in (NOW, SOON)},
         "tokens": int(table.starts[-1]),
         "collect_seconds": collected,
