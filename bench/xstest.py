@@ -48,7 +48,7 @@ Names = NDArray[np.str_]
 
 RECALL = 0.9
 OUTER, INNER = 10, 5
-STRENGTHS = (0.001, 0.01, 0.1)  # scikit-learn's C
+STRENGTHS = (0.003, 0.03, 0.3)  # scikit-learn's C
 MODELS = ("gpt4", "llama2new", "mistralinstruct")
 
 
@@ -90,7 +90,7 @@ def with_groups(prompts: Sequence[Example]) -> list[Example]:
 
 
 def features(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Linear summaries of each text: mean of its tokens at each site, and [CLS] at the last."""
+    """Linear summaries of each text: mean of its tokens, at one site or all, and [CLS]."""
     taps = every_tap(encoder)
     encoded = [
         encode(
@@ -111,9 +111,12 @@ def features(encoder: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, ND
         )
         for tap in taps
     }
-    found["mean at every tap"] = np.concatenate(list(found.values()), axis=1)
-    found[f"first token at {taps[-1]}"] = np.stack([rows[0] for rows in hidden[taps[-1]]])
-    return found
+    every = np.concatenate(list(found.values()), axis=1)
+    return {
+        **{f"mean at {tap}": found[f"mean at {tap}"] for tap in taps[2::2]},
+        "mean at every tap": every,
+        f"first token at {taps[-1]}": np.stack([rows[0] for rows in hidden[taps[-1]]]),
+    }
 
 
 def cross_validate(
@@ -262,6 +265,7 @@ def _short(figure: Any) -> dict[str, Any]:
 def main(folder: Path) -> None:
     torch.manual_seed(0)
     encoder, tokenizer = load(encoder_folder())
+    encoder = encoder.to(torch.bfloat16)  # three times as fast where the processor multiplies it
     prompts = with_groups(list(xstest_prompts(folder / "prompts.csv")))
     answers = [
         one for model in MODELS for one in xstest_completions(folder / f"completions_{model}.csv")
