@@ -160,7 +160,7 @@ def test_text_behind_the_look_ahead_changes_no_decision(
 ) -> None:
     line = torch.from_numpy(random.normal(size=48)).float()
     changed_later = 0
-    for _ in range(12):
+    for _ in range(5):
         one, other = comment(random, 14), comment(random, int(random.integers(9, 20)))
         same = 8
         mixed = Comment(
@@ -182,7 +182,22 @@ def test_text_behind_the_look_ahead_changes_no_decision(
             assert flags[0][k][:decided].tolist() == flags[1][k][:decided].tolist(), k
         # The encoder does read what follows: with the whole text the same tokens look different.
         changed_later += not np.allclose(a[-1][:same], b[-1][:same])
-    assert changed_later == 12
+    assert changed_later == 5
+
+
+def test_later_runs_have_no_say(random: np.random.Generator) -> None:
+    """Whatever the runs on more tokens say, all or nothing, a decision taken before stands."""
+    count = 10
+    text = comment(random, count)
+    values = [random.normal(size=n) for n in range(1, count + 1)]
+    flags = mark_streamed(text.text, text.characters, values, LOOK_AHEAD, RULE)
+    for read, later in itertools.product(range(1, count), (-50.0, 50.0)):
+        poisoned = [v if len(v) <= read else np.full(len(v), later) for v in values]
+        found = mark_streamed(text.text, text.characters, poisoned, LOOK_AHEAD, RULE)
+        for k in LOOK_AHEAD:
+            decided = max(0, read - k)
+            assert found[k][:decided].tolist() == flags[k][:decided].tolist()
+            assert (found[k][decided:] == (later > 0)).all()
 
 
 def _characters(ids: NDArray[np.int32]) -> NDArray[np.int32]:
