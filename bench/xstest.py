@@ -40,11 +40,12 @@ from midstream.learn.examples import Example
 from midstream.learn.public_sets import xstest_completions, xstest_prompts
 from midstream.learn.splits import grouped
 from midstream.measure import metrics
-from midstream.measure.bootstrap import Bootstrap, share
+from midstream.measure.bootstrap import Bootstrap, ratio
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Names = NDArray[np.str_]
+Indices = NDArray[np.int64]
 
 RECALL = 0.9
 OUTER, INNER = 10, 5
@@ -124,7 +125,7 @@ def cross_validate(
     labels: Bools,
     known: Bools,
     groups: Names,
-    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    folds: Sequence[tuple[Indices, Indices]],
 ) -> Judged:
     """Train on each fold's training part, choose there, and judge the rest.
 
@@ -150,7 +151,7 @@ def cross_validate(
 
 
 def _choice(
-    read: dict[str, NDArray[np.float32]], labels: Bools, groups: Names, train: NDArray[np.int64]
+    read: dict[str, NDArray[np.float32]], labels: Bools, groups: Names, train: Indices
 ) -> tuple[str, float, float]:
     """Summary and strength of the best AUROC in inner folds, and the threshold for the recall."""
     inner = list(_folds(labels[train], groups[train], INNER, seed=1))
@@ -175,13 +176,13 @@ def _model(strength: float) -> Any:
 
 def _folds(
     labels: Bools, groups: Names, count: int, seed: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+) -> Iterator[tuple[Indices, Indices]]:
     return StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(
         labels, labels, groups
     )
 
 
-def leave_one_out(names: Names) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def leave_one_out(names: Names) -> list[tuple[Indices, Indices]]:
     """One fold per name, held out as a whole."""
     return [
         (np.flatnonzero(names != name), np.flatnonzero(names == name)) for name in np.unique(names)
@@ -195,6 +196,7 @@ def harmfulness(read: dict[str, NDArray[np.float32]], prompts: Sequence[Example]
     families = np.array([family(one) for one in prompts])
     kinds = np.array([one.columns["type"] for one in prompts])
     known = np.ones(len(prompts), np.bool_)
+    prompt = np.arange(len(prompts))
     held = {
         "by_word": list(_folds(unsafe, groups, OUTER, seed=0)),
         "by_family": leave_one_out(families),
@@ -203,9 +205,9 @@ def harmfulness(read: dict[str, NDArray[np.float32]], prompts: Sequence[Example]
     for name, folds in held.items():
         judged = cross_validate(read, unsafe, known, groups, folds)
         result[name] = {
-            "over_refusal": rate(judged.flagged, ~unsafe),
-            "recall": rate(judged.flagged, unsafe),
-            "auroc": auroc(judged.scores, unsafe),
+            "over_refusal": rate(judged.flagged, ~unsafe, prompt),
+            "recall": rate(judged.flagged, unsafe, prompt),
+            "auroc": auroc(judged.scores, unsafe, prompt),
             "flagged_by_type": {
                 str(kind): float(judged.flagged[kinds == kind].mean()) for kind in np.unique(kinds)
             },
@@ -224,6 +226,7 @@ def refusal(
     refuses = final == "2_full_refusal"
     known = final != "3_partial_refusal"
     groups = np.array([group_of[str(one.group)] for one in answers])
+    prompt = np.unique([str(one.group) for one in answers], return_inverse=True)[1]
     held = {
         "by_word": list(_folds(refuses, groups, OUTER, seed=0)),
         "by_model": leave_one_out(models),
@@ -232,10 +235,10 @@ def refusal(
     for name, folds in held.items():
         judged = cross_validate(read, refuses, known, groups, folds)
         result[name] = {
-            "auroc": auroc(judged.scores[known], refuses[known]),
-            "recall": rate(judged.flagged, refuses),
-            "false_alarms": rate(judged.flagged, known & ~refuses),
-            "partial_flagged": rate(judged.flagged, ~known),
+            "auroc": auroc(judged.scores[known], refuses[known], prompt[known]),
+            "recall": rate(judged.flagged, refuses, prompt),
+            "false_alarms": rate(judged.flagged, known & ~refuses, prompt),
+            "partial_flagged": rate(judged.flagged, ~known, prompt),
             "refused_safe_prompts": {
                 str(model): {
                     "humans": float(refuses[(models == model) & ~unsafe].mean()),
@@ -248,14 +251,26 @@ def refusal(
     return result
 
 
-def rate(flags: Bools, among: Bools) -> dict[str, Any]:
-    """Share with its 95 % bootstrap interval over the texts."""
-    return _short(Bootstrap().figure(share(flags, among), len(flags), n=int(among.sum())))
+def rate(flags: Bools, among: Bools, prompt: Indices) -> dict[str, Any]:
+    """Share of the texts ``among`` that are flagged, with its 95 % bootstrap interval.
+
+    Prompts are resampled, each with all of its texts: answers to one prompt are alike.
+    """
+    count = int(prompt.max()) + 1
+    part = np.bincount(prompt, flags & among, count)
+    whole = np.bincount(prompt, among, count)
+    return _short(
+        Bootstrap().figure(
+            lambda drawn: ratio(drawn @ part, drawn @ whole), count, n=int(among.sum())
+        )
+    )
 
 
-def auroc(scores: Floats, labels: Bools) -> dict[str, Any]:
-    statistic = metrics.auroc(scores, labels, np.arange(len(labels)))
-    return _short(Bootstrap().figure(statistic, len(labels), n=len(labels)))
+def auroc(scores: Floats, labels: Bools, prompt: Indices) -> dict[str, Any]:
+    """AUROC over all folds at once, with its 95 % bootstrap interval over prompts."""
+    statistic = metrics.auroc(scores, labels, prompt)
+    count = int(prompt.max()) + 1
+    return _short(Bootstrap().figure(statistic, count, n=len(labels), elements=len(labels)))
 
 
 def _short(figure: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prefix_runs import Comment, every_tap, prefixes, random_cuts, read_runs, whole
 from span_rules import Rule, best_set, mark_streamed, mark_whole, probabilities, score, words_of
 from weighted_logistic import fit
-from xstest import cross_validate, family, with_groups
+from xstest import auroc, cross_validate, family, rate, with_groups
 
 from midstream.learn.examples import Example, Message
 from midstream.learn.public_sets import toxic_spans
@@ -320,6 +320,27 @@ def test_held_out_labels_do_not_reach_the_judgement(random: np.random.Generator)
     second = cross_validate(rows, turned, known, groups, folds)
     np.testing.assert_array_equal(first.scores[test], second.scores[test])
     assert first.flagged[test].tolist() == second.flagged[test].tolist()
+
+
+def test_intervals_draw_prompts_with_all_their_answers(random: np.random.Generator) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    prompts = 60
+    flags = random.random(prompts) < 0.5
+    scores = random.normal(size=prompts) + flags
+    once = np.arange(prompts)
+    among = random.random(prompts) < 0.8
+    single = rate(flags, among, once)
+    assert single["value"] == pytest.approx(flags[among].mean())
+    assert single["low"] < single["value"] < single["high"]
+    # The same answer ten times over is no more evidence than once.
+    tenfold = rate(np.tile(flags, 10), np.tile(among, 10), np.tile(once, 10))
+    assert tenfold["n"] == 10 * single["n"]
+    for key in ("value", "low", "high"):
+        assert tenfold[key] == pytest.approx(single[key])
+    ranked = auroc(np.tile(scores, 3), np.tile(flags, 3), np.tile(once, 3))
+    assert ranked["value"] == pytest.approx(roc_auc_score(flags, scores))
+    assert ranked["high"] == pytest.approx(auroc(scores, flags, once)["high"])
 
 
 def test_official_file_layout_is_read(tmp_path: Path) -> None:
