@@ -94,6 +94,7 @@ def train(
             },
             limits=[f"{method} was not trained: {why}" for method, why in trained.left_out.items()],
         )
+        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(page, encoding="utf-8")
     summary = {
         "bundle": str(out),
@@ -107,7 +108,7 @@ def train(
         print(json.dumps(summary, indent=2))
         return
     console = Console()
-    console.print(comparison_table(rows))
+    console.print(comparison_table(rows, name))
     for name, reason in trained.left_out.items():
         console.print(f"not trained: {name}: {reason}", highlight=False, markup=False)
     console.print(trained.bundle.policy.provenance.guarantee, highlight=False, markup=False)
