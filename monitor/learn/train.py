@@ -127,9 +127,10 @@ def train(
     """
     tokens = data.tokens
     column = tokens.column(task.hazard)
+    spoken_of = {task.hazard, task.refusal or task.hazard}
     parts = {
         name: np.array(examples)
-        for name, examples in split_tokens(tokens, SHARES, task.seed).items()
+        for name, examples in split_tokens(tokens, SHARES, task.seed, spoken_of).items()
     }
     learn, choose, calibrate = (data.select(parts[name]) for name in SHARES)
 
@@ -161,12 +162,17 @@ def train(
 
     progress("calibrate", 0, 1)
     recording = as_recording(bundle, calibrate)
-    safe = calibrate.tokens.response_labels[:, column] == 0
-    longest = int(np.diff(recording.starts).max())
+    lengths = calibrate.tokens.response_tokens
+    safe = _one_of_each_group(
+        calibrate.tokens,
+        (calibrate.tokens.response_labels[:, column] == 0) & (lengths > 0),
+        task.seed,
+    )
+    longest = int(lengths[safe].max(initial=1))
     peaks = peak_risks(recording, rejudge(recording, bundle), max_tokens=longest)[safe]
     promises = tiers_for_false_halts(
         dict.fromkeys(false_halts, peaks),
-        ["benign"] * int(safe.sum()),
+        ["benign"] * len(safe),
         false_halts,
         delta=1 - confidence,
         max_tokens=longest,
@@ -183,6 +189,16 @@ def train(
     )
     progress("calibrate", 1, 1)
     return Trained(bundle.with_policy(policy), compared, left_out)
+
+
+def _one_of_each_group(tokens: Tokens, wanted: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """Draw one of the wanted examples [E] of each group.
+
+    The guarantee asks for independent draws, and what shares a prompt is none.
+    """
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(wanted))
+    first = {tokens.groups[example]: example for example in order}
+    return np.array(sorted(first.values()), np.int64)
 
 
 def _fit_all(
@@ -217,7 +233,7 @@ def _chosen(compared: Sequence[Compared], hazard: str) -> list[Compared]:
                 and probes[0].hazard == hazard
                 and all(norms.get(p.tap, (p.norm, p.eps)) == (p.norm, p.eps) for p in probes)
             ):
-                chosen.append(candidate)
+                chosen.append(_of_the_prompt(candidate) if reads == "prompt" else candidate)
                 break
         if not chosen:
             raise TrainingDataError(
@@ -225,6 +241,13 @@ def _chosen(compared: Sequence[Compared], hazard: str) -> list[Compared]:
                 "one; give examples with labelled responses"
             )
     return chosen
+
+
+def _of_the_prompt(best: Compared) -> Compared:
+    """Name its probes apart: the same method may read the response at the same tap."""
+    head, *parts = (replace(probe, name=f"{probe.name} (prompt)") for probe in best.read_out.probes)
+    parts = [replace(part, adds_to=head.name) for part in parts]
+    return replace(best, read_out=replace(best.read_out, probes=(head, *parts)))
 
 
 def _as_log_odds(
