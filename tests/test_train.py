@@ -6,21 +6,25 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import typer
 from kernel_cases import fresh_seed
 from rich.console import Console
 
+from midstream.commands.train import train as command
 from midstream.fingerprint import Fingerprint
 from midstream.learn.activations import InMemory
 from midstream.learn.guarantee import GuaranteeError
 from midstream.learn.methods import METHODS, methods_for
-from midstream.learn.methods.method import Method, Task
+from midstream.learn.methods.method import Method, ReadOut, Task
 from midstream.learn.splits import SplitError, split_tokens
-from midstream.learn.tokens import Tokens
+from midstream.learn.tokens import Source, Tokens, TrainingDataError
 from midstream.learn.train import SHARES, Trained, train
 from midstream.show import comparison_table
 from midstream.taps import Tap
@@ -127,6 +131,32 @@ def test_the_guarantee_counts_one_response_of_each_group_and_response_tokens_alo
 def test_too_few_groups_for_the_guarantee_are_told_though_there_are_responses() -> None:
     with pytest.raises(GuaranteeError, match=r"add [0-9]+ more"):
         trained(made_up(fresh_seed(), examples=480, per_group=20))
+
+
+def test_too_few_responses_are_told_before_anything_is_trained() -> None:
+    class Never:
+        name = "never"
+
+        def fit(self, source: Source, task: Task) -> list[ReadOut]:
+            pytest.fail("trained for nothing")
+
+    with pytest.raises(GuaranteeError, match=r"add [0-9]+ more"):
+        train(made_up(fresh_seed()), TASK, [Never()], MODEL, false_halts={"moderate": 1e-4})
+
+
+def test_a_refusal_label_that_is_not_there_is_an_error_though_no_method_asks() -> None:
+    data = made_up(fresh_seed())
+    with pytest.raises(TrainingDataError, match="no hazard 'polite'"):
+        train(data, Task(HAZARD, "polite"), methods_for(["lda"], data.tokens, HAZARD), MODEL)
+
+
+def test_a_method_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    data = made_up(fresh_seed())
+    with (
+        patch("midstream.learn.activations.Activations.open", return_value=data),
+        pytest.raises(typer.BadParameter, match="no 'lba'; there are logistic,"),
+    ):
+        command(tmp_path, tmp_path / "out", hazard=HAZARD, methods="logistic, lba")
 
 
 def test_a_label_that_is_not_asked_for_may_be_too_rare_to_split() -> None:

@@ -61,7 +61,9 @@ def train(
     data = Activations.open(collection)
     name = _hazard(hazard, data.tokens.hazards)
     task = Task(name, refusal, seed)
-    wanted = list(METHODS) if methods == "all" else methods.split(",")
+    wanted = list(METHODS) if methods == "all" else [one.strip() for one in methods.split(",")]
+    if unknown := [one for one in wanted if one not in METHODS]:
+        raise typer.BadParameter(f"--methods: no {unknown[0]!r}; there are {', '.join(METHODS)}")
     with progress_bar(json_) as progress:
         trained = fit(
             data,

@@ -20,7 +20,7 @@ from midstream.chain import Chain, ObservedStream, fit_by_counts
 from midstream.evidence import Max
 from midstream.learn.calibrate import platt
 from midstream.learn.compare import Compared, compare, labels_at, read_logits
-from midstream.learn.guarantee import peak_risks
+from midstream.learn.guarantee import Guarantee, peak_risks
 from midstream.learn.methods.method import Method, ReadOut, Task
 from midstream.learn.splits import split_tokens
 from midstream.learn.tiers import tiers_for_false_halts
@@ -127,12 +127,34 @@ def train(
     """
     tokens = data.tokens
     column = tokens.column(task.hazard)
+    if task.refusal is not None:
+        tokens.column(task.refusal)
     spoken_of = {task.hazard, task.refusal or task.hazard}
     parts = {
         name: np.array(examples)
         for name, examples in split_tokens(tokens, SHARES, task.seed, spoken_of).items()
     }
     learn, choose, calibrate = (data.select(parts[name]) for name in SHARES)
+
+    lengths = calibrate.tokens.response_tokens
+    safe = _one_of_each_group(
+        calibrate.tokens,
+        (calibrate.tokens.response_labels[:, column] == 0) & (lengths > 0),
+        task.seed,
+    )
+    longest = int(lengths[safe].max(initial=1))
+
+    def promised(peaks: NDArray[np.float32]) -> dict[TierName, Guarantee]:
+        return tiers_for_false_halts(
+            dict.fromkeys(false_halts, peaks),
+            ["benign"] * len(peaks),
+            false_halts,
+            delta=1 - confidence,
+            max_tokens=longest,
+            calibration_set=calibration_set,
+        )
+
+    promised(np.zeros(len(safe), np.float32))  # too few are too few whatever is trained
 
     read_outs, left_out = _fit_all(methods, learn, task, progress)
     progress("choose", 0, 2)
@@ -162,22 +184,8 @@ def train(
 
     progress("calibrate", 0, 1)
     recording = as_recording(bundle, calibrate)
-    lengths = calibrate.tokens.response_tokens
-    safe = _one_of_each_group(
-        calibrate.tokens,
-        (calibrate.tokens.response_labels[:, column] == 0) & (lengths > 0),
-        task.seed,
-    )
-    longest = int(lengths[safe].max(initial=1))
     peaks = peak_risks(recording, rejudge(recording, bundle), max_tokens=longest)[safe]
-    promises = tiers_for_false_halts(
-        dict.fromkeys(false_halts, peaks),
-        ["benign"] * len(safe),
-        false_halts,
-        delta=1 - confidence,
-        max_tokens=longest,
-        calibration_set=calibration_set,
-    )
+    promises = promised(peaks)
     policy = _policy(
         {tier: promise.threshold for tier, promise in promises.items()},
         horizon,
