@@ -210,13 +210,13 @@ def inspect_table(summary: dict[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"calibrated on: {provenance['calibration_set']}\n{provenance['guarantee']}")
 
 
-def comparison_table(rows: Sequence[dict[str, Any]], many: int = 12) -> RenderableType:
+def comparison_table(rows: Sequence[dict[str, Any]], hazard: str, many: int = 12) -> RenderableType:
     """Methods and taps of ``midstream train``, best first, what reads the response before prompts.
 
     Some methods train a read-out of another label as well; those are left to the report.
     """
     ordered = sorted(rows, key=lambda row: row["level"] == "prompt")
-    first = [row for row in ordered if row["hazard"] == ordered[0]["hazard"]]
+    first = [row for row in ordered if row["hazard"] == hazard]
     shown = [*first[:many], *[row for row in first[many:] if row["level"] == "prompt"][:2]]
     left = f", {len(shown)} of {len(rows)}" if len(rows) > len(shown) else ""
     table = Table(title=f"AUROC on examples that trained none{left}", title_justify="left")

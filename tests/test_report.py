@@ -371,3 +371,17 @@ def test_what_cannot_be_evaluated_leaves_no_folder(
     with pytest.raises(ValueError, match="label"):
         evaluate_data(tmp_path / "bad.jsonl", tmp_path / "out", *testbed.load(), ours)
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_without_a_score_are_told_beside_the_figures(
+    evaluated: tuple[Path, report.Content], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from midstream.commands.evaluate import evaluate
+    from midstream.measure.recording import Recording
+
+    whole = Recording.load(evaluated[0] / "recording.parquet")
+    broken = dataclasses.replace(whole, logits=np.full_like(whole.logits, np.nan))
+    for name, recorded in (("whole", whole), ("broken", broken)):
+        recorded.save(tmp_path / f"{name}.parquet")
+        evaluate(tmp_path / name, recording=[tmp_path / f"{name}.parquet"])
+        assert ("have no score" in capsys.readouterr().out) == (name == "broken")

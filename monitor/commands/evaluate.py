@@ -87,4 +87,10 @@ def evaluate(
     for row in summary(content):
         table.add_row(*row)
     console.print(table)
+    if unscored := content["data"]["unscored_tokens"]:
+        console.print(
+            f"{unscored} of {content['data']['response_tokens']} tokens have no score: their "
+            "logits are not finite. The figures say nothing about them.",
+            style="yellow",
+        )
     console.print(f"wrote {out / 'report.html'}", highlight=False, markup=False)

@@ -61,7 +61,9 @@ def train(
     data = Activations.open(collection)
     name = _hazard(hazard, data.tokens.hazards)
     task = Task(name, refusal, seed)
-    wanted = list(METHODS) if methods == "all" else methods.split(",")
+    wanted = list(METHODS) if methods == "all" else [one.strip() for one in methods.split(",")]
+    if unknown := [one for one in wanted if one not in METHODS]:
+        raise typer.BadParameter(f"--methods: no {unknown[0]!r}; there are {', '.join(METHODS)}")
     with progress_bar(json_) as progress:
         trained = fit(
             data,
@@ -94,6 +96,7 @@ def train(
             },
             limits=[f"{method} was not trained: {why}" for method, why in trained.left_out.items()],
         )
+        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(page, encoding="utf-8")
     summary = {
         "bundle": str(out),
@@ -107,7 +110,7 @@ def train(
         print(json.dumps(summary, indent=2))
         return
     console = Console()
-    console.print(comparison_table(rows))
+    console.print(comparison_table(rows, name))
     for name, reason in trained.left_out.items():
         console.print(f"not trained: {name}: {reason}", highlight=False, markup=False)
     console.print(trained.bundle.policy.provenance.guarantee, highlight=False, markup=False)

@@ -100,11 +100,13 @@ def labels_at(
     elif level == "response":
         scores, labels = response_maxima(logits, tokens), tokens.response_labels[:, column]
     else:
-        scores = logits[tokens.starts[:-1] + np.maximum(tokens.prompt_tokens - 1, 0)]
+        last = tokens.starts[:-1] + np.maximum(tokens.prompt_tokens - 1, 0)
+        scores = logits[last]
         of_prompts = tokens.prompt_labels[:, column]
         if (of_prompts < 0).all():  # what the prompt leads to, then
             of_prompts = tokens.response_labels[:, column]
-        labels = np.where(tokens.prompt_tokens > 0, of_prompts, -1)
+        # What opens a plain text is no prompt, and serving never scores it.
+        labels = np.where((tokens.prompt_tokens > 0) & ~tokens.special[last], of_prompts, -1)
     known = labels >= 0
     if not 0 < labels[known].sum() < known.sum():
         raise TrainingDataError(

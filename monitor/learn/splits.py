@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,16 @@ def split(
     return _dealt(_classes(examples), groups, shares, seed)
 
 
-def split_tokens(tokens: Tokens, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+def split_tokens(
+    tokens: Tokens,
+    shares: Mapping[str, float],
+    seed: int,
+    hazards: Collection[str] | None = None,
+) -> dict[str, list[int]]:
     """Split collected examples by the groups they were collected with (see `grouped`).
 
-    Parameters, result and errors as for `split`.
+    Parameters, result and errors as for `split`; a class may only be missing from a split when it
+    is of none of the ``hazards``, where they are given.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for at, group in enumerate(tokens.groups):
@@ -110,7 +116,7 @@ def split_tokens(tokens: Tokens, shares: Mapping[str, float], seed: int) -> dict
                 if label != UNKNOWN
             }
         )
-    return _dealt(known, list(members.values()), shares, seed)
+    return _dealt(known, list(members.values()), shares, seed, hazards)
 
 
 def grouped(examples: Sequence[Example], similar: float = SIMILAR) -> list[Example]:
@@ -232,6 +238,7 @@ def _dealt(
     groups: list[list[int]],
     shares: Mapping[str, float],
     seed: int,
+    hazards: Collection[str] | None = None,
 ) -> dict[str, list[int]]:
     """Deal groups to splits, each to where its examples and labels are needed most."""
     classes = sorted(set().union(*known))
@@ -256,7 +263,8 @@ def _dealt(
     names = list(shares)
     for split_, name in enumerate(names):
         for each in classes:
-            if filled[split_, column[each]] == 0:
+            needed = hazards is None or each[1] in hazards
+            if needed and filled[split_, column[each]] == 0:
                 raise _missing(name, each, int((counts[:, column[each]] > 0).sum()), len(shares))
         if filled[split_, 0] == 0:
             raise SplitError(f"split {name!r} is empty: {len(groups)} groups are too few for it")

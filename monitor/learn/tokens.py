@@ -97,6 +97,11 @@ class Tokens:
         after = self.position >= np.repeat(self.prompt_tokens, np.diff(self.starts))
         return after & ~self.special
 
+    @property
+    def response_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each response, the special ones left out, [E]."""
+        return np.bincount(self.example_of[self.in_response], minlength=len(self))
+
     def rows(self, examples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of some of the examples, one example after the other."""
         chosen = np.asarray(examples, dtype=np.int64)

@@ -20,7 +20,7 @@ from midstream.chain import Chain, ObservedStream, fit_by_counts
 from midstream.evidence import Max
 from midstream.learn.calibrate import platt
 from midstream.learn.compare import Compared, compare, labels_at, read_logits
-from midstream.learn.guarantee import peak_risks
+from midstream.learn.guarantee import Guarantee, peak_risks
 from midstream.learn.methods.method import Method, ReadOut, Task
 from midstream.learn.splits import split_tokens
 from midstream.learn.tiers import tiers_for_false_halts
@@ -127,11 +127,34 @@ def train(
     """
     tokens = data.tokens
     column = tokens.column(task.hazard)
+    if task.refusal is not None:
+        tokens.column(task.refusal)
+    spoken_of = {task.hazard, task.refusal or task.hazard}
     parts = {
         name: np.array(examples)
-        for name, examples in split_tokens(tokens, SHARES, task.seed).items()
+        for name, examples in split_tokens(tokens, SHARES, task.seed, spoken_of).items()
     }
     learn, choose, calibrate = (data.select(parts[name]) for name in SHARES)
+
+    lengths = calibrate.tokens.response_tokens
+    safe = _one_of_each_group(
+        calibrate.tokens,
+        (calibrate.tokens.response_labels[:, column] == 0) & (lengths > 0),
+        task.seed,
+    )
+    longest = int(lengths[safe].max(initial=1))
+
+    def promised(peaks: NDArray[np.float32]) -> dict[TierName, Guarantee]:
+        return tiers_for_false_halts(
+            dict.fromkeys(false_halts, peaks),
+            ["benign"] * len(peaks),
+            false_halts,
+            delta=1 - confidence,
+            max_tokens=longest,
+            calibration_set=calibration_set,
+        )
+
+    promised(np.zeros(len(safe), np.float32))  # too few are too few whatever is trained
 
     read_outs, left_out = _fit_all(methods, learn, task, progress)
     progress("choose", 0, 2)
@@ -161,17 +184,8 @@ def train(
 
     progress("calibrate", 0, 1)
     recording = as_recording(bundle, calibrate)
-    safe = calibrate.tokens.response_labels[:, column] == 0
-    longest = int(np.diff(recording.starts).max())
     peaks = peak_risks(recording, rejudge(recording, bundle), max_tokens=longest)[safe]
-    promises = tiers_for_false_halts(
-        dict.fromkeys(false_halts, peaks),
-        ["benign"] * int(safe.sum()),
-        false_halts,
-        delta=1 - confidence,
-        max_tokens=longest,
-        calibration_set=calibration_set,
-    )
+    promises = promised(peaks)
     policy = _policy(
         {tier: promise.threshold for tier, promise in promises.items()},
         horizon,
@@ -183,6 +197,16 @@ def train(
     )
     progress("calibrate", 1, 1)
     return Trained(bundle.with_policy(policy), compared, left_out)
+
+
+def _one_of_each_group(tokens: Tokens, wanted: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """Draw one of the wanted examples [E] of each group.
+
+    The guarantee asks for independent draws, and what shares a prompt is none.
+    """
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(wanted))
+    first = {tokens.groups[example]: example for example in order}
+    return np.array(sorted(first.values()), np.int64)
 
 
 def _fit_all(
@@ -217,7 +241,7 @@ def _chosen(compared: Sequence[Compared], hazard: str) -> list[Compared]:
                 and probes[0].hazard == hazard
                 and all(norms.get(p.tap, (p.norm, p.eps)) == (p.norm, p.eps) for p in probes)
             ):
-                chosen.append(candidate)
+                chosen.append(_of_the_prompt(candidate) if reads == "prompt" else candidate)
                 break
         if not chosen:
             raise TrainingDataError(
@@ -225,6 +249,13 @@ def _chosen(compared: Sequence[Compared], hazard: str) -> list[Compared]:
                 "one; give examples with labelled responses"
             )
     return chosen
+
+
+def _of_the_prompt(best: Compared) -> Compared:
+    """Name its probes apart: the same method may read the response at the same tap."""
+    head, *parts = (replace(probe, name=f"{probe.name} (prompt)") for probe in best.read_out.probes)
+    parts = [replace(part, adds_to=head.name) for part in parts]
+    return replace(best, read_out=replace(best.read_out, probes=(head, *parts)))
 
 
 def _as_log_odds(

@@ -206,7 +206,7 @@ def batches(
     without a response token are left out.
     """
     tokens = source.tokens
-    length = np.diff(tokens.starts) - tokens.prompt_tokens.astype(np.int64)
+    length = tokens.response_tokens
     chosen = examples & (length > 0)
     keep_row = np.repeat(chosen, np.diff(tokens.starts)) & tokens.in_response
     for chunk in source.chunks(seed):
@@ -288,7 +288,7 @@ def train(
         When residuals or a loss are not finite, naming the method and the tap; or without a
         response token.
     """
-    usable = examples & (np.diff(source.tokens.starts) > source.tokens.prompt_tokens)
+    usable = examples & (source.tokens.response_tokens > 0)
     if not usable.any():
         raise TrainingDataError(
             f"{method}: hazard {task.hazard!r}: no response token in the {int(examples.sum())} "
