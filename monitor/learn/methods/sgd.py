@@ -20,7 +20,7 @@ from midstream.evidence import Evidence
 from midstream.learn.methods.checks import probe_name, require_finite
 from midstream.learn.methods.method import Task
 from midstream.learn.methods.ragged import pad
-from midstream.learn.tokens import Source, TrainingDataError
+from midstream.learn.tokens import Source, Tokens, TrainingDataError
 from midstream.probe import Probe
 from midstream.taps import Tap
 
@@ -206,7 +206,7 @@ def batches(
     without a response token are left out.
     """
     tokens = source.tokens
-    length = np.diff(tokens.starts) - tokens.prompt_tokens.astype(np.int64)
+    length = _response_lengths(tokens)
     chosen = examples & (length > 0)
     keep_row = np.repeat(chosen, np.diff(tokens.starts)) & tokens.in_response
     for chunk in source.chunks(seed):
@@ -221,6 +221,11 @@ def batches(
             hidden = [chunk.hidden[tap].index_select(0, places) for tap in source.taps]
             yield Batch(part, chunk.rows[kept[begin:end]], length[part]), hidden
             begin = end
+
+
+def _response_lengths(tokens: Tokens) -> NDArray[np.int64]:
+    """Tokens of each response, [E], without the special ones that may close its text."""
+    return np.bincount(tokens.example_of[tokens.in_response], minlength=len(tokens))
 
 
 def moments(
@@ -288,7 +293,7 @@ def train(
         When residuals or a loss are not finite, naming the method and the tap; or without a
         response token.
     """
-    usable = examples & (np.diff(source.tokens.starts) > source.tokens.prompt_tokens)
+    usable = examples & (_response_lengths(source.tokens) > 0)
     if not usable.any():
         raise TrainingDataError(
             f"{method}: hazard {task.hazard!r}: no response token in the {int(examples.sum())} "
