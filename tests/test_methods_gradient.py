@@ -264,6 +264,8 @@ def test_a_loss_and_its_gradient_follow_from_the_formula(
     source = some_source(random, taps=2)
     tokens = source.tokens
     wanted = asked(name, source, monkeypatch)
+    # The paper's holistic head has no bias; to that of attention scores the softmax is blind.
+    assert wanted.biases == ((True, False) if name in ("scm", "attention") else (True,))
     heads, rows = len(wanted.biases), int(tokens.starts[-1])
     # Some examples have logits beyond every clip and clamp.
     stretch = random.choice([1.0, 1.0, 2.0, 60.0, 200.0], len(tokens))[tokens.example_of]

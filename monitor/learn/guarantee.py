@@ -208,7 +208,7 @@ def peak_risks(
             f"{int(unknown.sum())} of {len(rows)} streams were not judged at any token "
             f"(the first is {first!r}); find out why, or leave them out and say so"
         )
-    peaks = unscored.astype(np.float32)
+    peaks: NDArray[np.float32] = unscored.astype(np.float32)
     np.maximum.at(peaks, stream[known], judgement.risk[known])
     return peaks
 
