@@ -48,6 +48,11 @@ def test_a_bet_is_the_mixture_of_powers_and_has_mean_one():
         assert whole == pytest.approx(1 - (1 - a) / -math.log(a), rel=1e-6)
 
 
+def test_a_p_value_that_underflows_bets_without_bound():
+    assert bets([0.0, 5e-324]).tolist() == [math.inf, math.inf]
+    assert halts_at(changepoint_process(bets([1.0, 0.0, 1.0])), 0.01) == 1
+
+
 def test_processes_are_their_sums():
     rng = np.random.default_rng(fresh_seed())
     e = rng.exponential(size=(3, 12))

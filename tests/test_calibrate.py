@@ -120,9 +120,9 @@ def test_isotonic_by_hand():
 
 def test_figures_by_hand():
     p = np.array([0.05, 0.15, 0.15, 0.95, 1.0])
-    y = np.array([False, True, False, True, True])
-    # two bins: {.05, .15, .15} with one of three, {.95, 1} with both
-    expected = 3 / 5 * abs(0.35 / 3 - 1 / 3) + 2 / 5 * abs(1.95 / 2 - 1)
+    y = np.array([False, True, False, True, False])
+    # two bins: {.05, .15, .15} with one of three, {.95, 1} with one of two
+    expected = 3 / 5 * abs(0.35 / 3 - 1 / 3) + 2 / 5 * abs(1.95 / 2 - 1 / 2)
     assert expected_calibration_error(p, y, bins=2) == pytest.approx(expected)
     assert brier(p, y) == pytest.approx(brier_score_loss(y, p))
 

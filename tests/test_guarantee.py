@@ -11,7 +11,7 @@ from kernel_cases import fresh_seed
 from plain_filter import Kernel, logit_in_bin, random_chain
 from scipy.stats import binom, binomtest
 
-from midstream.kernels.tables import Verdict
+from midstream.kernels.tables import UNSCORED_CAUSE, Verdict
 from midstream.learn.guarantee import (
     GuaranteeError,
     binomial_tail,
@@ -310,6 +310,22 @@ def test_peaks_within_the_first_tokens():
         peak_risks(recording, judgement, max_tokens=9)
 
 
+def test_a_halt_for_a_missing_score_is_a_halt_at_any_threshold():
+    rng = np.random.default_rng(fresh_seed())
+    recording, judgement = recording_of(rng, 30)
+    before = peak_risks(recording, judgement, max_tokens=3)
+    judgement.halted_at[:] = recording.prompt_tokens + np.resize([-1, 1, 2, 3], 30)
+    judgement.halted_at[::5] = -1
+    judgement.cause[:] = UNSCORED_CAUSE
+    judgement.cause[::7] = 0
+    blind = next(e for e in range(30) if e % 5 and e % 7 and e % 4 == 1)
+    judgement.risk[recording.starts[blind] : recording.starts[blind + 1]] = np.nan
+    peaks = peak_risks(recording, judgement, max_tokens=3)
+    for e in range(30):
+        for_that = e % 5 and e % 7 and e % 4 != 3
+        assert peaks[e] == (1 if for_that else before[e])
+
+
 # -- in words, in the policy -----------------------------------------------------------------------
 
 
@@ -473,6 +489,17 @@ def test_highest_threshold_for_recall_by_brute_force():
             break
         lowest = t
     assert found.threshold == lowest
+
+
+def test_each_tier_has_its_share_of_delta_for_recall():
+    rng = np.random.default_rng(fresh_seed())
+    peaks = dict.fromkeys(TIERS, rng.random(900))
+    targets = dict.fromkeys(TIERS, 0.8)
+    together = tiers_for_recall(peaks, ["extreme"] * 900, targets, delta=0.15)
+    for name in TIERS:
+        alone = tiers_for_recall(peaks, ["extreme"] * 900, {name: 0.8}, delta=0.05)[name]
+        assert together[name].threshold == alone.threshold
+        assert together[name].delta == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ BOTH = Task("harm", refusal="refusal")
 TRAINERS = [Logistic, JointLogistic, MassMean, MassMeanIID, LDA]
 
 
+@pytest.fixture(scope="module")
+def seed() -> int:
+    return fresh_seed()
+
+
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(fresh_seed())
@@ -424,7 +429,16 @@ def contrast_tokens(
     harmful = harmful_pair[rows[:, 0]] ^ rows[:, 1]
     labels = np.stack([harmful, np.zeros_like(harmful)], axis=1).astype(np.int8)
     tokens = make_tokens(random, examples=len(rows), contrast=rows, response_labels=labels)
+    # A special token closes every third text, as encoders have it.
+    tokens.special[
+        tokens.starts[1:][np.diff(tokens.starts) > tokens.prompt_tokens + 1][::3] - 1
+    ] = True
     return tokens, harmful
+
+
+def last_rows(tokens: Tokens) -> np.ndarray:
+    """The last token of each text that is not a special one."""
+    return tokens.starts[1:] - 1 - tokens.special[tokens.starts[1:] - 1]
 
 
 def contrast_source(
@@ -441,7 +455,7 @@ def contrast_source(
         axis, word = np.linalg.qr(random.normal(size=(width, 2)))[0].T
         last = 10 + 0.3 * topic + 0.2 * random.normal(size=topic.shape)
         last += 2 * true[:, None] * axis + 4 * (yes[:, None] - 0.5) * word
-        rows[tokens.starts[1:] - 1] = last
+        rows[last_rows(tokens)] = last
         hidden[tap] = torch.from_numpy(rows).float()
     return Shuffled(tokens, hidden, chunk_bytes=4 * width * len(TAPS) * 300)
 
@@ -449,7 +463,7 @@ def contrast_source(
 def contrast_sides(source: InMemory, tap: Tap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """No rows, yes rows and labels of the yes, in order of pair and polarity."""
     tokens = source.tokens
-    last = all_hidden(source)[tap][tokens.starts[1:] - 1]
+    last = all_hidden(source)[tap][last_rows(tokens)]
     order = np.lexsort((tokens.contrast[:, 1], tokens.contrast[:, 0]))
     no, yes = (order[tokens.contrast[order, 2] == side] for side in (0, 1))
     return last[no], last[yes], tokens.response_labels[yes, 0]
@@ -460,9 +474,16 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def ccs_by_hand(
-    no: np.ndarray, yes: np.ndarray, w: np.ndarray, b: float, epochs: int
+    no: np.ndarray,
+    yes: np.ndarray,
+    labels: np.ndarray,
+    supervision: float,
+    w: np.ndarray,
+    b: float,
+    epochs: int,
 ) -> tuple[np.ndarray, float, float]:
     """AdamW (learning rate 0.015, decay 0.01) on the paper's loss, gradients by hand, in fp64."""
+    known = labels >= 0
     x0, x1 = no - no.mean(axis=0), yes - yes.mean(axis=0)
     theta = np.append(w, b).astype(float)
     first, second = np.zeros_like(theta), np.zeros_like(theta)
@@ -473,6 +494,11 @@ def ccs_by_hand(
         loss = (lower**2).mean() + ((p0 - (1 - p1)) ** 2).mean()
         of_p0 = 2 * (p0 + p1 - 1) + 2 * lower * (p0 < p1)
         of_p1 = 2 * (p0 + p1 - 1) + 2 * lower * (p1 < p0)
+        said = (p1 + 1 - p0) / 2
+        surprise = np.where(labels == 1, -np.log(said), -np.log(1 - said))
+        loss += supervision * surprise[known].mean()
+        push = supervision * known * (said - labels) / (said * (1 - said)) / 2
+        of_p0, of_p1 = (of - way * push / known.mean() for of, way in ((of_p0, 1), (of_p1, -1)))
         g0, g1 = of_p0 * p0 * (1 - p0) / len(p0), of_p1 * p1 * (1 - p1) / len(p1)
         return loss, np.append(g0 @ x0 + g1 @ x1, g0.sum() + g1.sum())
 
@@ -486,24 +512,32 @@ def ccs_by_hand(
     return theta[:-1], float(theta[-1]), loss_and_gradient()[0]
 
 
-def test_ccs_is_the_best_of_restarts_that_were_trained_alone(random: np.random.Generator) -> None:
+@pytest.mark.parametrize("supervision", [0.0, 0.7])
+def test_ccs_is_the_best_of_restarts_that_were_trained_alone(
+    random: np.random.Generator, supervision: float
+) -> None:
     source = contrast_source(random, statements=20)
+    source.tokens.response_labels[random.permutation(80)[:30]] = -1
     seed, restarts, epochs, width = int(random.integers(1000)), 4, 40, source.width
     draws = torch.Generator().manual_seed(seed)
     w = torch.empty(len(TAPS), width, restarts).uniform_(-1, 1, generator=draws) / width**0.5
     b = torch.empty(len(TAPS), 1, restarts).uniform_(-1, 1, generator=draws) / width**0.5
-    found = CCS(epochs=epochs, restarts=restarts).fit(source, Task("harm", seed=seed))
+    method = CCS(epochs=epochs, restarts=restarts, supervision=supervision)
+    found = method.fit(source, Task("harm", seed=seed))
     for index, (tap, read_out) in enumerate(zip(TAPS, found, strict=True)):
         no, yes, labels = contrast_sides(source, tap)
         trained = [
-            ccs_by_hand(no, yes, w[index, :, r].double().numpy(), float(b[index, 0, r]), epochs)
+            ccs_by_hand(
+                *(no, yes, labels, supervision),
+                *(w[index, :, r].double().numpy(), float(b[index, 0, r]), epochs),
+            )
             for r in range(restarts)
         ]
         weight, bias, loss = min(trained, key=lambda one: one[2])
         assert read_out.facts["loss"] == pytest.approx(loss, rel=1e-3)
         p0 = sigmoid((no - no.mean(axis=0)) @ weight + bias)
         p1 = sigmoid((yes - yes.mean(axis=0)) @ weight + bias)
-        accuracy = ((0.5 * (p1 + 1 - p0) > 0.5) == labels).mean()
+        accuracy = ((0.5 * (p1 + 1 - p0) > 0.5) == labels)[labels >= 0].mean()
         sign = 1 if accuracy >= 0.5 else -1
         assert read_out.facts["accuracy"] == pytest.approx(max(accuracy, 1 - accuracy))
         middle = (no.mean(axis=0) + yes.mean(axis=0)) / 2
@@ -557,8 +591,9 @@ def test_supervision_turns_ccs_to_the_labels(random: np.random.Generator) -> Non
     for hidden in source._hidden.values():
         along = np.zeros(source.width)
         along[0] = 0.7
-        last = tokens.starts[1:] - 1
-        hidden[last] += torch.from_numpy(np.outer(2.0 * (other == yes) - 1, along)).float()
+        hidden[last_rows(tokens)] += torch.from_numpy(
+            np.outer(2.0 * (other == yes) - 1, along)
+        ).float()
     tokens.response_labels[:, 0] = other
     alone = CCS(epochs=400).fit(source, HARM)
     helped = CCS(epochs=400, supervision=1.0).fit(source, HARM)
@@ -580,8 +615,11 @@ def test_polar_indices_of_values_worked_out_by_hand() -> None:
     assert contradiction_index(*answers).tolist() == pytest.approx([case[2] for case in cases])
 
 
-def test_pa_ccs_reports_the_indices_of_its_own_answers(random: np.random.Generator) -> None:
-    source = contrast_source(random, statements=20)
+@pytest.mark.parametrize("harm_is", [0, 1])
+def test_pa_ccs_reports_the_indices_of_its_own_answers(seed: int, harm_is: int) -> None:
+    # The same data twice, so that the sign of each tap is turned once.
+    source = contrast_source(np.random.default_rng(seed), statements=20)
+    source.tokens.response_labels[:, 0] ^= 1 - harm_is
     for tap, read_out in zip(TAPS, PolarityAwareCCS(epochs=60).fit(source, HARM), strict=True):
         no, yes, _ = contrast_sides(source, tap)
         offset = read_out.facts["answer_offset"]

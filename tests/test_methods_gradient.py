@@ -47,17 +47,22 @@ def made(name: str, **parameters: Any) -> Method:
 def some_tokens(random: np.random.Generator, examples: int, longest: int = 40) -> Tokens:
     """Prompts and responses of any length, empty ones too; a label in three is not known.
 
-    The hazard is the second of two. Its spans may overlap.
+    The hazard is the second of two. Its spans may overlap. A special token closes some texts, as
+    encoders have it.
     """
     prompt = random.integers(0, 5, examples)
     response = random.integers(0, longest, examples)
     response[:2] = longest  # one with and one without it, whatever the draw
-    starts = np.concatenate([[0], np.cumsum(prompt + response)])
+    closing = random.integers(0, 2, examples)
+    starts = np.concatenate([[0], np.cumsum(prompt + response + closing)])
+    special = np.zeros(starts[-1], dtype=bool)
+    special[starts[1:][closing == 1] - 1] = True
     labels = np.full((starts[-1], 2), -1, np.int8)
     whole = np.full((examples, 2), -1, np.int8)
     spans = []
     for e in range(examples):
-        begin, end = int(starts[e] + prompt[e]), int(starts[e + 1])
+        begin = int(starts[e] + prompt[e])
+        end = begin + int(response[e])
         if end - begin == 0:
             continue
         harmful = e != 1 and (e == 0 or bool(random.random() < 0.5))
@@ -83,7 +88,7 @@ def some_tokens(random: np.random.Generator, examples: int, longest: int = 40) -
         starts=starts,
         prompt_tokens=prompt.astype(np.int32),
         instruction_end=np.full(examples, -1, np.int32),
-        special=np.zeros(len(labels), dtype=bool),
+        special=special,
         labels=labels,
         response_labels=whole,
         prompt_labels=np.full((examples, 2), -1, np.int8),
@@ -130,7 +135,12 @@ def mean(values: Sequence[float]) -> float:
 
 
 def response_rows(tokens: Tokens, e: int) -> range:
-    return range(int(tokens.starts[e] + tokens.prompt_tokens[e]), int(tokens.starts[e + 1]))
+    begin, end = int(tokens.starts[e] + tokens.prompt_tokens[e]), int(tokens.starts[e + 1])
+    return range(begin, end - int(tokens.special[begin:end].sum()))
+
+
+def response_lengths(tokens: Tokens) -> NDArray[np.int64]:
+    return np.array([len(response_rows(tokens, e)) for e in range(len(tokens))])
 
 
 def plain_scm(z: Any, tokens: Tokens, examples: Sequence[int], done: float) -> float:
@@ -254,6 +264,8 @@ def test_a_loss_and_its_gradient_follow_from_the_formula(
     source = some_source(random, taps=2)
     tokens = source.tokens
     wanted = asked(name, source, monkeypatch)
+    # The paper's holistic head has no bias; to that of attention scores the softmax is blind.
+    assert wanted.biases == ((True, False) if name in ("scm", "attention") else (True,))
     heads, rows = len(wanted.biases), int(tokens.starts[-1])
     # Some examples have logits beyond every clip and clamp.
     stretch = random.choice([1.0, 1.0, 2.0, 60.0, 200.0], len(tokens))[tokens.example_of]
@@ -283,7 +295,7 @@ def test_a_loss_and_its_gradient_follow_from_the_formula(
                     z[head, row] += step
                     found = logits.grad[head, tap, place].item()
                     assert found == pytest.approx(slope, rel=1e-4, abs=1e-6)
-    length = np.diff(tokens.starts) - tokens.prompt_tokens
+    length = response_lengths(tokens)
     known = tokens.response_labels[:, 1] >= 0
     labelled = np.array(
         [(tokens.labels[response_rows(tokens, e), 1] >= 0).any() for e in range(24)]
@@ -449,7 +461,7 @@ def test_batches_hold_every_response_of_the_chosen_once() -> None:
         assert padded[batch.mask].tolist() == list(range(len(rows)))
         assert bool((padded[~batch.mask] == -1).all())
         seen += batch.examples.tolist()
-    length = np.diff(tokens.starts) - tokens.prompt_tokens
+    length = response_lengths(tokens)
     assert sorted(seen) == np.flatnonzero(chosen & (length > 0)).tolist()
     assert seen != sorted(seen)
 
@@ -568,7 +580,7 @@ def test_missing_labels_are_an_error_that_names_the_level(name: str) -> None:
 @pytest.mark.parametrize(("value", "message"), [(math.nan, "not finite"), (1e25, "too large")])
 def test_residuals_that_cannot_be_standardised_are_named(value: float, message: str) -> None:
     source = some_source(np.random.default_rng(fresh_seed()))
-    row = int(source.tokens.starts[1]) - 1
+    row = response_rows(source.tokens, 0)[-1]
     source._hidden[TAPS[1]][row, 4] = value
     with pytest.raises(TrainingDataError, match=rf"^windowed: .*at {TAPS[1]} are {message}"):
         made("windowed").fit(source, Task(HAZARD))
@@ -588,7 +600,7 @@ def test_a_loss_that_is_not_finite_names_the_method_and_the_tap() -> None:
 
 def test_examples_without_a_response_teach_nothing() -> None:
     source = some_source(np.random.default_rng(fresh_seed()))
-    length = np.diff(source.tokens.starts) - source.tokens.prompt_tokens
+    length = response_lengths(source.tokens)
     loss = cross_entropy_of(source.tokens.labels[:, 1])
     with pytest.raises(TrainingDataError, match="no response token"):
         train("loop", source, Task(HAZARD), length == 0, loss, SHORT)

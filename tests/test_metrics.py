@@ -160,6 +160,16 @@ def test_recall_uses_the_lowest_threshold_that_keeps_the_rate() -> None:
 # ---- calibration ---------------------------------------------------------------------------------
 
 
+def test_a_rate_is_taken_as_a_decimal() -> None:
+    """29 % of 100 streams are 29, and 28.999999999999996 in floating point."""
+    peaks = np.append(np.arange(100) / 100, 0.705)
+    safe = np.append(np.ones(100, bool), False)
+    in_time = np.where(safe, np.nan, peaks)
+    once = np.ones((1, 101))
+    assert metrics.recall_at(peaks, in_time, safe, 0.29)(once).tolist() == [1.0]  # 0.70 is spared
+    assert metrics.recall_at(peaks, in_time, safe, 0.28)(once).tolist() == [0.0]
+
+
 def test_calibration_error_by_plain_loops() -> None:
     random = np.random.default_rng(fresh_seed())
     risk = np.append(random.random(200), [0.0, 0.1, 0.5, 1.0])

@@ -17,6 +17,7 @@ import toy
 from kernel_cases import fresh_seed
 from recordings import random_bundle, random_recording, same
 
+from midstream.bank import Probe, ProbeBank
 from midstream.measure import recording_file
 from midstream.measure.recording import (
     TIER,
@@ -25,6 +26,7 @@ from midstream.measure.recording import (
     concatenate,
     probes_hash,
 )
+from midstream.taps import Tap
 
 
 @pytest.fixture
@@ -226,6 +228,17 @@ def test_recordings_that_do_not_belong_together_are_refused(rng, change, message
     other = dataclasses.replace(whole.part(slice(4, 5)), **change)
     with pytest.raises(RecordingError, match=message):
         concatenate([whole.part(slice(0, 5)), other])
+
+
+def test_probes_hash_speaks_of_the_head_that_a_part_adds_to():
+    def bank(head: str) -> ProbeBank:
+        parts = [("a", None), ("b", None), ("part", head)]
+        return ProbeBank(
+            Probe(name, "h", Tap(0, "resid_post"), torch.ones(3), adds_to=to) for name, to in parts
+        )
+
+    assert probes_hash(bank("a")) == probes_hash(bank("a"))
+    assert probes_hash(bank("a")) != probes_hash(bank("b"))
 
 
 def test_probes_hash_speaks_of_what_logits_depend_on(rng):

@@ -187,11 +187,13 @@ def bets(p: ArrayLike) -> Floats:
     under a uniform p (Vovk and Wang 2021, Annals of Statistics 49); f falls with p, so that the
     mean is at most 1 under a super-uniform one.
     """
-    x = -np.log(np.asarray(p, dtype=np.float64))
-    small = x < _SERIES_BELOW
-    safe = np.where(small, 1.0, x)
-    series = 0.5 + x / 6 + x**2 / 24
-    return np.asarray(np.where(small, series, (np.expm1(safe) - safe) / safe**2))
+    with np.errstate(divide="ignore", over="ignore"):  # f is inf at 0, and above 1e308 near it
+        x = -np.log(np.asarray(p, dtype=np.float64))
+        small = x < _SERIES_BELOW
+        safe = np.where(small | np.isinf(x), 1.0, x)
+        series = 0.5 + x / 6 + x**2 / 24
+        closed = (np.expm1(safe) - safe) / safe**2
+    return np.asarray(np.where(small | np.isinf(x), series, closed))
 
 
 # -- 2. and 3. processes ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from midstream.learn.tokens import TrainingDataError
+from midstream.measure import metrics
 from midstream.probe import Probe
 
 Floats = NDArray[np.float64]
@@ -221,10 +222,9 @@ def expected_calibration_error(
     Weighted by the scores in each bin (Naeini et al. 2015; arXiv 1706.04599). The last bin is
     closed.
     """
-    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    of = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = np.bincount(of, weights=p - y, minlength=bins)
-    return float(np.abs(gaps).sum() / len(p))
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.bool_)
+    error = metrics.calibration_error(p, y, np.arange(len(p)), bins)
+    return float(error(np.ones((1, len(p))))[0])
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:

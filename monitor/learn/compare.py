@@ -98,7 +98,9 @@ def labels_at(
     if level == "token":
         scores, labels = logits, tokens.labels[:, column]
     elif level == "response":
-        scores, labels = response_maxima(logits, tokens), tokens.response_labels[:, column]
+        scores = response_maxima(logits, tokens)
+        # One without a token is not scored, so there is nothing to rank.
+        labels = np.where(np.isneginf(scores), -1, tokens.response_labels[:, column])
     else:
         last = tokens.starts[:-1] + np.maximum(tokens.prompt_tokens - 1, 0)
         scores = logits[last]

@@ -15,8 +15,8 @@ independent draws from one distribution (for conformal risk control exchangeable
 * they are at most ``max_tokens`` long. A peak grows with the length, so a guarantee for ``L``
   tokens holds under any smaller cap, and is void for longer responses.
 
-Only halts for risk count. A policy with ``on_unscored: halt`` also halts for missing scores; give
-the peak 1 to a response that was halted so.
+A policy with ``on_unscored: halt`` also halts for missing scores, whatever the threshold:
+`peak_risks` gives the peak 1 to a response that was halted so.
 
 Cost: one sort, ``O(n log n)`` in the number of responses.
 """
@@ -31,6 +31,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from midstream.kernels.tables import UNSCORED_CAUSE
 from midstream.measure.recording import Judgement, Recording
 from midstream.policy import FalseHaltBound
 
@@ -183,27 +184,31 @@ def peak_risks(
     """Peak risk of every stream within its first ``max_tokens`` response tokens, [E].
 
     A response that is cut off is the beginning of the one that was not, so these are the peaks
-    that streams have under a cap of ``max_tokens``. The prompt's last token is judged, too.
+    that streams have under a cap of ``max_tokens``. The prompt's last token is judged, too. A
+    stream that was halted there for a missing score has the peak 1.
 
     Raises
     ------
     GuaranteeError
-        Where a stream has no judged token: nothing is known about it.
+        Where a stream has no judged token, and was not halted for that: nothing is known about it.
     """
     if len(recording.streams) == 0:
         raise GuaranteeError("the recording holds no stream; record some first")
     rows = np.diff(recording.starts)
-    inside = recording.position < np.repeat(recording.prompt_tokens + max_tokens, rows)
+    cut_at = recording.prompt_tokens + max_tokens
+    inside = recording.position < np.repeat(cut_at, rows)
     known = inside & ~np.isnan(judgement.risk)
     stream = np.repeat(np.arange(len(rows)), rows)
-    judged = np.bincount(stream[known], minlength=len(rows))
-    if (judged == 0).any():
-        first = recording.streams[int(np.argmin(judged))]
+    halted = (judgement.halted_at >= 0) & (judgement.halted_at < cut_at)
+    unscored = halted & (judgement.cause == UNSCORED_CAUSE)
+    unknown = (np.bincount(stream[known], minlength=len(rows)) == 0) & ~unscored
+    if unknown.any():
+        first = recording.streams[int(np.argmax(unknown))]
         raise GuaranteeError(
-            f"{int((judged == 0).sum())} of {len(rows)} streams were not judged at any token "
+            f"{int(unknown.sum())} of {len(rows)} streams were not judged at any token "
             f"(the first is {first!r}); find out why, or leave them out and say so"
         )
-    peaks = np.zeros(len(rows), dtype=np.float32)
+    peaks: NDArray[np.float32] = unscored.astype(np.float32)
     np.maximum.at(peaks, stream[known], judgement.risk[known])
     return peaks
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from midstream.evidence import Max, Mean
-from midstream.learn.methods.checks import labels_of
+from midstream.learn.methods.checks import auroc, labels_of
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.ragged import cross_entropy, running_mean
 from midstream.learn.methods.sgd import DESCENT, Batch, Descent, require, train
@@ -135,18 +133,3 @@ def rolling_max(values: Tensor, mask: Tensor, window: int) -> Tensor:
     """Largest running mean over ``window`` of values [T, B, L] where ``mask`` holds: [T, B]."""
     means: Tensor = running_mean(values, window).masked_fill(~mask, -torch.inf).amax(dim=-1)
     return means
-
-
-def auroc(scores: NDArray[np.float32], positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve.
-
-    Raises
-    ------
-    ImportError
-        Without scikit-learn, naming the extra to install.
-    """
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ImportError as error:
-        raise ImportError("this needs scikit-learn: pip install 'midstream[learn]'") from error
-    return float(roc_auc_score(positive, scores))

@@ -254,6 +254,8 @@ def _reads(method: str, tokens: Tokens, pairs: NDArray[np.int64]) -> Reads:
 
 
 def _last_tokens(tokens: Tokens, examples: NDArray[np.int64]) -> Units:
+    """The last token of each example that is not a special one: serving scores none of those."""
     of_row = np.full(tokens.starts[-1], -1)
-    of_row[tokens.starts[examples + 1] - 1] = np.arange(len(examples))
+    last = np.maximum.accumulate(np.where(tokens.special, -1, np.arange(len(tokens.special))))
+    of_row[last[tokens.starts[examples + 1] - 1]] = np.arange(len(examples))
     return Units(of_row, np.zeros(len(examples), dtype=np.int64))

@@ -1,4 +1,4 @@
-"""What every method asks of its data before and while it trains, and how it names its probes."""
+"""What methods share: what they ask of their data, how they name probes, how they rank."""
 
 from __future__ import annotations
 
@@ -104,3 +104,18 @@ def joined(hazard: str, method: str, parts: Sequence[Probe]) -> tuple[Probe, ...
     return replace(first, name=name), *(
         replace(part, adds_to=name, evidence=Last()) for part in others
     )
+
+
+def auroc(scores: NDArray[np.float32], positive: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve.
+
+    Raises
+    ------
+    ImportError
+        Without scikit-learn, naming the extra to install.
+    """
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError as error:
+        raise ImportError("fitting needs scikit-learn: pip install 'midstream[learn]'") from error
+    return float(roc_auc_score(positive, scores))

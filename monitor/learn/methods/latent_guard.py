@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from midstream.learn.methods.checks import joined, labels_of, probe_name, require_classes
+from midstream.learn.methods.checks import auroc, joined, labels_of, probe_name, require_classes
 from midstream.learn.methods.method import ReadOut, Task
 from midstream.learn.methods.units import (
     Units,
@@ -84,8 +84,8 @@ class LatentGuard:
                 "template_tokens": template,
                 "accuracy_instruction": _accuracy(read_out.logits(inst), harmful),
                 "accuracy_served": _accuracy(read_out.logits(post), harmful),
-                "auroc_instruction": _auroc(read_out.logits(inst), harmful),
-                "auroc_served": _auroc(read_out.logits(post), harmful),
+                "auroc_instruction": auroc(read_out.logits(inst).numpy(), harmful.numpy()),
+                "auroc_served": auroc(read_out.logits(post).numpy(), harmful.numpy()),
             }
 
         found = [self._guard(task, inst, of_class)]
@@ -153,11 +153,3 @@ def _accuracy(logits: Tensor, harmful: Tensor) -> float:
     """Mean of both classes' accuracies at logit 0."""
     said = (logits > 0).double()
     return float((said[harmful].mean() + 1 - said[~harmful].mean()) / 2)
-
-
-def _auroc(logits: Tensor, harmful: Tensor) -> float:
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ImportError as error:
-        raise ImportError("fitting needs scikit-learn: pip install 'midstream[learn]'") from error
-    return float(roc_auc_score(harmful.numpy(), logits.numpy()))
