@@ -94,7 +94,11 @@ def train(
                 "chosen": ", ".join(f"{row['method']} at {row['tap']}" for row in chosen),
                 "guarantee": trained.bundle.policy.provenance.guarantee,
             },
-            limits=[f"{method} was not trained: {why}" for method, why in trained.left_out.items()],
+            limits=[
+                "The best of many read-outs is chosen on the examples shown here, so its figure is "
+                "optimistic; the guarantee is not, it comes from others.",
+                *(f"{method} was not trained: {why}" for method, why in trained.left_out.items()),
+            ],
         )
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(page, encoding="utf-8")

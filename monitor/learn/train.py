@@ -6,6 +6,7 @@ among them, makes log-odds of the chosen logit and fits the chain, one sets the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -177,6 +178,10 @@ def train(
             "hazard": task.hazard,
             "chosen": [best.row() for best in chosen],
             "examples": {name: len(examples) for name, examples in parts.items()},
+            "unlabelled": {  # of these neither chain nor thresholds learn anything
+                name: int((tokens.response_labels[examples, column] < 0).sum())
+                for name, examples in parts.items()
+            },
         },
     )
     bundle = replace(bundle, chain=_fit_chain(bundle, choose, task.hazard))
@@ -187,7 +192,7 @@ def train(
     peaks = peak_risks(recording, rejudge(recording, bundle), max_tokens=longest)[safe]
     promises = promised(peaks)
     policy = _policy(
-        {tier: promise.threshold for tier, promise in promises.items()},
+        {tier: _rounded_up(promise.threshold) for tier, promise in promises.items()},
         horizon,
         Provenance(
             calibration_set=calibration_set,
@@ -197,6 +202,14 @@ def train(
     )
     progress("calibrate", 1, 1)
     return Trained(bundle.with_policy(policy), compared, left_out)
+
+
+def _rounded_up(threshold: float) -> float:
+    """Four digits, away from the peak just below it, which another backend may see an ulp higher.
+
+    A higher threshold keeps the promise.
+    """
+    return min(1.0, math.ceil(threshold * 1e4) / 1e4)
 
 
 def _one_of_each_group(tokens: Tokens, wanted: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from midstream.evidence import Evidence
 from midstream.learn.methods.checks import probe_name, require_finite
 from midstream.learn.methods.method import Task
 from midstream.learn.methods.ragged import pad
-from midstream.learn.tokens import Source, Tokens, TrainingDataError
+from midstream.learn.tokens import Source, TrainingDataError
 from midstream.probe import Probe
 from midstream.taps import Tap
 
