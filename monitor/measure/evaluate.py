@@ -16,6 +16,7 @@ from midstream.measure.evaluation import Measured
 from midstream.measure.outcomes import MeasureError
 from midstream.measure.record import record
 from midstream.measure.recording import Recording
+from midstream.measure.recording_file import refuse_existing
 from midstream.measure.rejudge import rejudge
 
 RECORDING, HTML, JSON = "recording.parquet", "report.html", "report.json"
@@ -72,7 +73,8 @@ def evaluate_data(
     """
     chosen = _look_alikes(look_alikes)
     bundle.policy.row(_tier(bundle, tier))
-    out.mkdir(parents=True, exist_ok=False)
+    refuse_existing(out)
+    out.mkdir(parents=True)
     try:
         examples = list(read_labelled(data, data_format, hazard=hazard, columns=columns or ()))
         recording = record(
@@ -119,7 +121,8 @@ def evaluate_recording(
         "recording": ", ".join(path.name for path in paths),
         "recording_sha256": ", ".join(_sha256(path) for path in paths),
     }
-    out.mkdir(parents=True, exist_ok=False)
+    refuse_existing(out)
+    out.mkdir(parents=True)
     try:
         return _write(recording, bundle, out, sources, tier, columns, chosen)
     except BaseException:
