@@ -58,6 +58,7 @@ ASKED = {
     "demo_seconds": "≤ 60",
     "toxic_token_auroc": "≥ 0.82",
     "toxic_spans_char_f1": "≥ 0.65",
+    "toxic_spans_char_f1_k4": "≥ full context − 0.02",
     "testbed_probe_auroc_vs_oracle": "≥ 0.98",
     "collect_and_train_minutes": "≤ 10",
     "collect_vs_forward": "≤ 1.2",
