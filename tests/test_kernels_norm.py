@@ -147,8 +147,8 @@ def test_every_rounding_of_the_sum(target: Target) -> None:
         _, residual, _ = run(target, case)
         expected = a + b
         if target.backend == "triton" and target.device == "cpu":
-            # Triton's interpreter reads and rounds numbers next to the subnormals of bf16 in its own
-            # way; a subnormal term shows in sums that are 24 times the smallest normal.
+            # Triton's interpreter reads and rounds numbers next to the subnormals of bf16 in its
+            # own way; a subnormal term shows in sums of 24 times the smallest normal.
             values = torch.stack([expected, a, b])
             tiny = ((values != 0) & (values.abs() < 2 * torch.finfo(dtype).tiny)).any(dim=0)
             residual, expected = residual.masked_fill(tiny, 0), expected.masked_fill(tiny, 0)
