@@ -8,8 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
+from judged_recordings import HAZARDS, bundle, recording
 from kernel_cases import fresh_seed
-from random_recordings import HAZARDS, bundle, recording
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from midstream.holdback import HoldBack

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judged_recordings import bundle, recording
 from kernel_cases import fresh_seed
-from random_recordings import bundle, recording
 
 from midstream.measure import drawing, gallery, report
 from midstream.measure.bootstrap import Bootstrap

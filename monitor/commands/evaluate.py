@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from midstream.commands.options import (
+    BatchSize,
     BundleOption,
     DataFormat,
     Json,
     Model,
     Tier,
+    UnnamedHazard,
     load,
     load_bundle,
     progress_bar,
@@ -33,7 +35,7 @@ def evaluate(
     model: Model = None,
     bundle: BundleOption = None,
     data_format: DataFormat = None,
-    hazard: Annotated[str | None, typer.Option(help="What labels without a name speak of.")] = None,
+    hazard: UnnamedHazard = None,
     tier: Tier = None,
     columns: Annotated[
         str | None, typer.Option(help="Keys of the data to break figures down by, with commas.")
@@ -42,7 +44,7 @@ def evaluate(
         str | None,
         typer.Option(help="COLUMN=VALUE of benign texts that look harmful: over-refusal."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 16,
+    batch_size: BatchSize = 16,
     json_: Json = False,
 ) -> None:
     """Measure a bundle on labelled data and write a report.

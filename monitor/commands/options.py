@@ -30,6 +30,10 @@ DataFormat = Annotated[
         "xstest_completions, r_judge; by the end of the file's name when not given."
     ),
 ]
+UnnamedHazard = Annotated[
+    str | None, typer.Option("--hazard", help="What labels without a name speak of.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts per forward pass.")]
 Tier = Annotated[str | None, typer.Option(help="Strictness: strict, moderate or loose.")]
 
 

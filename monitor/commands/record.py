@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from midstream.commands.options import (
+    BatchSize,
     BundleOption,
     DataFormat,
     Json,
     Model,
+    UnnamedHazard,
     load,
     progress_bar,
 )
@@ -24,14 +26,14 @@ def record(
     model: Model = None,
     bundle: BundleOption = None,
     data_format: DataFormat = None,
-    hazard: Annotated[str | None, typer.Option(help="What labels without a name speak of.")] = None,
+    hazard: UnnamedHazard = None,
     columns: Annotated[
         str, typer.Option(help="Keys of the data to keep, with commas between.")
     ] = "",
     labelled: Annotated[
         bool, typer.Option(help="Whether every row must have a label of some kind.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 16,
+    batch_size: BatchSize = 16,
     json_: Json = False,
 ) -> None:
     """Feed given texts to a model and keep what the bundle's probes say at every token.

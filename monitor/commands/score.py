@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from midstream.commands.options import (
+    BatchSize,
     BundleOption,
     Model,
     Tier,
@@ -28,7 +29,7 @@ def score(
         Path, typer.Option("--output", "-o", help="JSONL; - is standard output.")
     ] = Path("-"),
     field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 16,
+    batch_size: BatchSize = 16,
     tier: Tier = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar on a terminal.")] = True,
 ) -> None:

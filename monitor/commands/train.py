@@ -97,7 +97,7 @@ def train(
             limits=[
                 "The best of many read-outs is chosen on the examples shown here, so its figure is "
                 "optimistic; the guarantee is not, it comes from others.",
-                *(f"{method} was not trained: {why}" for method, why in trained.left_out.items()),
+                *(f"Not trained: {why}" for why in trained.left_out.values()),
             ],
         )
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +115,8 @@ def train(
         return
     console = Console()
     console.print(comparison_table(rows, name))
-    for name, reason in trained.left_out.items():
-        console.print(f"not trained: {name}: {reason}", highlight=False, markup=False)
+    for reason in trained.left_out.values():
+        console.print(f"not trained: {reason}", highlight=False, markup=False)
     console.print(trained.bundle.policy.provenance.guarantee, highlight=False, markup=False)
     console.print(f"wrote {out}", highlight=False, markup=False)
 

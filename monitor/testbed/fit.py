@@ -14,6 +14,7 @@ from midstream.bundle import Bundle, Fingerprint
 from midstream.chain import Chain, ObservedStream, fit_by_counts
 from midstream.evidence import Ema, Max
 from midstream.learn.collect import residuals
+from midstream.learn.fit_chain import UNFITTED
 from midstream.learn.methods.logistic import fit_logistic
 from midstream.measure.halting import (
     NEVER,
@@ -50,17 +51,6 @@ _VIOLATED_ABOVE = 5.0
 # median lead on 2,700 streams that train neither probes nor chain and that the demo does not see:
 # 8, 10, 12, 10 and 12 tokens with 12, 20, 24, 30 and 40 bins. Each bin is a state of the chain.
 _BIN_LOG_ODDS = (*np.linspace(-4.6, 4.2, 24), _VIOLATED_ABOVE)
-
-# The chain of a bundle whose own is still to be fitted: replaying evidence does not look at it.
-_UNFITTED = Chain(
-    transition=[[0.5, 0.5], [0.0, 1.0]],
-    ending=[0.5, 0.5],
-    emission=[[1.0], [1.0]],
-    edges=[],
-    prior=[1.0, 0.0],
-    prompt_emission=[[1.0], [1.0]],
-    prompt_edges=[],
-)
 
 Progress = Callable[[str, int, int], None]
 
@@ -135,7 +125,7 @@ def build_bundle(
     progress("fit", 1, 3)
     bundle = Bundle(
         bank=bank,
-        chain=_UNFITTED,
+        chain=UNFITTED,
         policy=_policy(halt_at=0.5, strict_at=0.5),
         fingerprint=Fingerprint.of(model, tokenizer),
         notes={"made for": "the testbed's model", "streams": streams, "seed": seed},
