@@ -1,0 +1,1 @@
+"""Fitting absorbing chains: by counts, with latent states, per category; and testing the fit."""

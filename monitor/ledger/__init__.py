@@ -1,0 +1,1 @@
+"""The conversation ledger: what every turn left behind, behind one interface for all stores."""
