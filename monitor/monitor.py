@@ -10,7 +10,7 @@ read nothing back, and allocate nothing once the row buffer is large enough
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from midstream.kernels.tables import (
     Verdict,
 )
 from midstream.policy import ANSWER, TierName
-from midstream.streams import Session, StreamReport, Trace
+from midstream.segments import SegmentReader, SegmentTable
+from midstream.streams import SegmentReport, Session, StreamReport, Trace
 from midstream.taps import Tap
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Monitor:
             self._chain,
             self.policy.table(self.chain, self.device),
         )
+        self.segments = SegmentTable(self.policy, self.slots) if self.policy.segments else None
         self._free = list(range(slots - 1, -1, -1))
         self._admitted: dict[int, _Admitted] = {}
         self._user = threading.Lock()
@@ -155,7 +157,25 @@ class Monitor:
         finally:
             self._user.release()
 
-    def admit(self, stream: str, prompt_tokens: int, tier: str | None = None) -> int:
+    def recognise_segments(self, tokenizer: Any = None) -> None:
+        """Get ready to tell the policy's segments by their markers; without segments do nothing.
+
+        Raises
+        ------
+        SegmentError
+            For a marker that cannot be recognised with this tokenizer.
+        """
+        if self.segments is not None:
+            self.segments.recognise(SegmentReader.of(self.policy, tokenizer))
+
+    def admit(
+        self,
+        stream: str,
+        prompt_tokens: int,
+        tier: str | None = None,
+        *,
+        prompt: Sequence[int] = (),
+    ) -> int:
         """Give a stream a slot, re-initialised completely.
 
         Parameters
@@ -166,6 +186,9 @@ class Monitor:
             Tokens before the first one to be generated. 0 scores a given text from its first token.
         tier : str, optional
             Strictness asked for by the request.
+        prompt : sequence of int
+            Its token ids, which say whether the response starts inside a segment; not needed where
+            the policy has none.
 
         Returns
         -------
@@ -191,12 +214,34 @@ class Monitor:
         slot = self._free.pop()
         row = self.policy.row(chosen)
         self.slots.admit(slot, start=prompt_tokens, policy=row, prior=self._chain.prior)
+        if self.segments is not None:
+            self.segments.admit(slot, prompt)
         self._admitted[slot] = _Admitted(stream, chosen, prompt_tokens)
         return slot
 
+    def follow(self, slot: Tensor, token: Tensor) -> None:
+        """Take the response tokens that are about to be judged, one per stream.
+
+        Call it before :meth:`advance` where the policy has segments: a token's segment decides by
+        which thresholds it is judged. Launches some small operations; reads nothing back.
+
+        Parameters
+        ----------
+        slot : int32 [n]
+            Each once; -1 for padding.
+        token : int64 [n]
+        """
+        if self.segments is not None:
+            self.segments.follow(slot, token)
+
     def enter_segment(self, slot: int, segment: str = ANSWER) -> None:
-        """Judge the stream's next tokens by the thresholds of ``segment``."""
-        self.slots.policy[slot] = self.policy.row(self._stream(slot).tier, segment)
+        """Judge the stream's next tokens on their own, by the thresholds of ``segment``.
+
+        For callers that know where segments begin; others let :meth:`follow` find out.
+        """
+        row = self.policy.row(self._stream(slot).tier, segment)
+        if self.segments is not None:
+            self.segments.enter(slot, row // len(self.policy.tiers))
 
     def observe(self, tap: Tap, hidden: Tensor) -> None:
         """Score the rows of this forward pass at one tap.
@@ -230,7 +275,7 @@ class Monitor:
         self._logits.fill_(torch.nan)
         self._observed = False
 
-    def advance(self, slot: Tensor, position: Tensor) -> None:
+    def advance(self, slot: Tensor, position: Tensor, *, keep: bool = False) -> None:
         """Fold the rows scored by :meth:`observe` into their streams.
 
         A tap that was not observed since the last call leaves its rows unscored, never stale.
@@ -241,18 +286,23 @@ class Monitor:
             Slot per row, -1 for padding. Rows of one stream stand in order.
         position : int32 [N]
             The token's position in its stream, counted from the start of the prompt.
+        keep : bool
+            Keep what was observed, for another call that folds other rows of it.
         """
         rows = slot.shape[0]
         if rows != self._rows:
             if self._observed:
                 raise RowError(f"{rows} slots for the {self._rows} rows that were observed")
             self._set_rows(rows)
+        kept = self._used.clone() if keep else None
         try:
             self._advance(self._head_logits(), slot, position)
         except BaseException:
             self.discard()  # or the next advance would fold what these rows left
             raise
-        self._observed = False
+        if kept is not None:
+            self._used.copy_(kept)
+        self._observed = keep
 
     def session(self, slot: int) -> Session[Any]:
         """Return a new front end for the stream in ``slot``: phase, hold-back and events."""
@@ -293,6 +343,9 @@ class Monitor:
         verdict, halted_at = Verdict(int(slots.verdict[slot])), int(slots.halted_at[slot])
         if enforced and verdict == Verdict.HALT:
             finish_reason = self.policy.on_halt.finish_reason
+        peak, segments = float(slots.peak[slot]), dict[str, SegmentReport]()
+        if self.segments is not None:
+            peak, segments = self.segments.report(slot)
         report = StreamReport(
             stream=admitted.stream,
             bundle=self.bundle.hash,
@@ -304,9 +357,10 @@ class Monitor:
             cause=self.cause_name(int(slots.cause[slot])),
             halted_at=halted_at if halted_at >= 0 else None,
             risk=float(slots.risk[slot]),
-            peak=float(slots.peak[slot]),
+            peak=peak,
             finish_reason=finish_reason,
             trace=self.trace(slot),
+            segments=segments,
         )
         del self._admitted[slot]
         self._free.append(slot)

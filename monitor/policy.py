@@ -112,6 +112,29 @@ class Thresholds(_Strict):
         )
 
 
+Marker = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+)
+"""A text that is one token of the tokenizer, or token ids in a row."""
+
+
+class Segment(_Strict):
+    """A part of the response that is told by its markers (see `midstream.segments`).
+
+    Attributes
+    ----------
+    opens, closes : list of str or of token ids
+        Markers, any of which opens it or closes it.
+    tiers : mapping of tier name to Thresholds, optional
+        Thresholds that replace the tiers' own inside it; for just the tiers there are.
+    """
+
+    opens: Annotated[list[Marker], Field(min_length=1)]
+    closes: Annotated[list[Marker], Field(min_length=1)]
+    tiers: dict[TierName, Thresholds] | None = None
+
+
 class OnHalt(_Strict):
     """What the client is told when its stream is halted."""
 
@@ -181,8 +204,9 @@ class Policy(_Strict):
         Tier of a request that asks for none.
     loosest_tier : str, optional
         The loosest tier a client may ask for; ``default_tier`` when not given.
-    segments : mapping of segment name to mapping of tier name to Thresholds
-        Thresholds that replace the tiers' own while a stream is inside that segment.
+    segments : mapping of segment name to Segment
+        Parts of a response that are judged on their own, five at most. What lies outside of all
+        is the answer.
     hold_back : int or "turn"
         Tokens a client's text stays behind the last judged token; "turn" delivers whole responses.
     on_unscored : {"pass", "hold", "halt"}
@@ -194,7 +218,7 @@ class Policy(_Strict):
     tiers: Annotated[dict[TierName, Thresholds], Field(min_length=1)]
     default_tier: TierName
     loosest_tier: TierName | None = None
-    segments: dict[str, dict[TierName, Thresholds]] = {}
+    segments: Annotated[dict[str, Segment], Field(max_length=5)] = {}
     hold_back: Annotated[int | Literal["turn"], BeforeValidator(_is_hold_back)] = 1
     on_unscored: Literal["pass", "hold", "halt"] = "hold"
     on_halt: OnHalt = OnHalt()
@@ -225,13 +249,15 @@ class Policy(_Strict):
         if ANSWER in self.segments:
             raise ValueError(f"segments.{ANSWER}: its thresholds are those of the tiers")
         self._check_order("tiers", self.tiers)
-        for segment, tiers in self.segments.items():
-            if set(tiers) != set(self.tiers):
+        for name, segment in self.segments.items():
+            if segment.tiers is None:
+                continue
+            if set(segment.tiers) != set(self.tiers):
                 raise ValueError(
-                    f"segments.{segment}: has {', '.join(tiers) or 'nothing'}; needs thresholds "
-                    f"for just the tiers there are, {', '.join(self.tiers)}"
+                    f"segments.{name}.tiers: has {', '.join(segment.tiers) or 'nothing'}; needs "
+                    f"thresholds for just the tiers there are, {', '.join(self.tiers)}"
                 )
-            self._check_order(f"segments.{segment}", tiers)
+            self._check_order(f"segments.{name}.tiers", segment.tiers)
         self._check_promises()
         return self
 
@@ -249,15 +275,17 @@ class Policy(_Strict):
             key = f"provenance.false_halts.{name}"
             if name not in self.tiers:
                 raise ValueError(f"{key}: {self._no_tier(name)}")
-            places = {"tiers": self.tiers}
-            places |= {f"segments.{segment}": tiers for segment, tiers in self.segments.items()}
-            for place, tiers in places.items():
-                if not promise.covers(tiers[name]):
-                    raise ValueError(
-                        f"{key}: holds for halt_at {promise.halt_at} or above and a horizon of "
-                        f"{promise.horizon} or less; {place}.{name} has {tiers[name].halt_at} and "
-                        f"{tiers[name].horizon}. Calibrate again, or remove the promise"
-                    )
+            if self.segments:
+                raise ValueError(
+                    f"{key}: speaks of responses that are judged as a whole; with segments each "
+                    "part is judged on its own. Remove the promise, or the segments"
+                )
+            if not promise.covers(self.tiers[name]):
+                raise ValueError(
+                    f"{key}: holds for halt_at {promise.halt_at} or above and a horizon of "
+                    f"{promise.horizon} or less; tiers.{name} has {self.tiers[name].halt_at} and "
+                    f"{self.tiers[name].horizon}. Calibrate again, or remove the promise"
+                )
 
     @property
     def loosest(self) -> TierName:
@@ -284,6 +312,10 @@ class Policy(_Strict):
                 return name
         raise PolicyError(self._no_tier(requested))
 
+    def thresholds_by_segment(self) -> list[dict[TierName, Thresholds]]:
+        """Thresholds in force in the answer, and in each of the segments."""
+        return [self.tiers, *(part.tiers or self.tiers for part in self.segments.values())]
+
     def row(self, tier: TierName, segment: str = ANSWER) -> int:
         """Row of :meth:`table` for a tier inside a segment."""
         segments = [ANSWER, *self.segments]
@@ -297,7 +329,7 @@ class Policy(_Strict):
         """Tensors for the kernels: one row per segment and tier, in the order of :meth:`row`."""
         rows = [
             thresholds
-            for tiers in [self.tiers, *self.segments.values()]
+            for tiers in self.thresholds_by_segment()
             for thresholds in (tiers[name] for name in self.tiers)
         ]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from midstream.holdback import HoldBack
 from midstream.kernels.tables import SlotTable, Verdict
-from midstream.policy import Policy, TierName
+from midstream.policy import ANSWER, Policy, TierName
 
 EVENT_SCHEMA_VERSION = 1
 
@@ -101,6 +101,27 @@ def _finite(values: NDArray[np.float32]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
+class SegmentReport(BaseModel):
+    """What one segment of a response came to, on its own (see `midstream.segments`).
+
+    Attributes
+    ----------
+    scored, unscored : int
+        Its tokens, markers included.
+    peak : float
+        Largest risk inside it.
+    flagged : bool
+        Whether that reaches the segment's own ``halt_at``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scored: int
+    unscored: int
+    peak: float
+    flagged: bool
+
+
 class StreamReport(BaseModel):
     """What is left of a stream when its slot is retired.
 
@@ -115,6 +136,8 @@ class StreamReport(BaseModel):
         Largest risk of any judged token.
     trace : Trace
         The last tokens, as many as the monitor keeps.
+    segments : dict of str to SegmentReport
+        Those that the response was in; empty without segments in the policy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -132,6 +155,20 @@ class StreamReport(BaseModel):
     peak: float
     finish_reason: str
     trace: Trace
+    segments: dict[str, SegmentReport] = {}
+
+    @property
+    def mismatch(self) -> Literal["leak", "escape"] | None:
+        """What judging the answer alone, or all but the answer, would have missed.
+
+        ``leak``: the answer is safe, and a segment beside it is not. ``escape``: the reverse
+        (Chain of Risk, arXiv 2605.05678). None where they agree, or one of them is missing.
+        """
+        answer = self.segments.get(ANSWER)
+        others = [part.flagged for name, part in self.segments.items() if name != ANSWER]
+        if answer is None or not others or answer.flagged == any(others):
+            return None
+        return "escape" if answer.flagged else "leak"
 
 
 class Event(BaseModel):

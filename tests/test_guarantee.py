@@ -357,7 +357,7 @@ def test_sentences_and_promises():
         ({"horizon": 3}, None),
         ({"halt_at": 0.5}, r"holds for halt_at 0.6\S* or above .* tiers.moderate has 0.5 and 24"),
         ({"horizon": 25}, r"horizon of 24 or less; tiers.moderate has 0.6\S* and 25"),
-        ({"segment": 0.5}, r"segments.reasoning.moderate has 0.5"),
+        ({"segments": True}, r"false_halts.moderate: speaks of responses .* as a whole"),
         ({"tier": "loose"}, r"false_halts.loose: no tier 'loose'"),
     ],
 )
@@ -368,12 +368,12 @@ def test_a_policy_that_breaks_its_promise_is_refused(change, fault):
     tiers = {
         "moderate": {"horizon": change.get("horizon", 24), "halt_at": change.get("halt_at", level)}
     }
-    segment = {"moderate": {"horizon": 24, "halt_at": change.get("segment", 0.9)}}
+    segment = {"opens": ["<a>"], "closes": ["<b>"]}
     named = change.get("tier", "moderate")
     content = {
         "tiers": tiers,
         "default_tier": "moderate",
-        "segments": {"reasoning": segment},
+        "segments": {"reasoning": segment} if change.get("segments") else {},
         "provenance": {"false_halts": {named: found.promise(24).model_dump(exclude_none=True)}},
     }
     text = yaml.safe_dump(content)

@@ -200,12 +200,6 @@ def test_masks_that_split_a_prompt_or_pad_on_the_right_are_refused(mask: list[in
         watched(toy.model(), toy.monitor(), input_ids=ids, attention_mask=torch.tensor([mask]))
 
 
-def test_a_policy_with_segments_is_refused_not_ignored() -> None:
-    segments = {"reasoning": {"moderate": Thresholds(horizon=0, halt_at=0.9)}}
-    with pytest.raises(UnsupportedGenerationError, match="reasoning"):
-        toy.monitor(segments=segments).attach(toy.model())
-
-
 def test_a_body_without_generate_is_refused() -> None:
     body = toy.model().model
     with pytest.raises(UnsupportedGenerationError, match="LlamaModel has no generate"):

@@ -18,7 +18,7 @@ from midstream.bundle import Bundle, Fingerprint
 from midstream.evidence import Ema, Mean
 from midstream.kernels.tables import MAX_POSITION, SlotTable, Verdict
 from midstream.monitor import Monitor, MonitorInUseError, NoFreeSlotError, RowError
-from midstream.policy import PolicyError, Thresholds
+from midstream.policy import PolicyError, Segment, Thresholds
 from midstream.streams import StreamReport
 from midstream.taps import Tap
 
@@ -293,7 +293,8 @@ def test_a_looser_tier_than_allowed_takes_no_slot() -> None:
 
 def test_a_segment_has_thresholds_of_its_own() -> None:
     relaxed = {"moderate": Thresholds(horizon=0, halt_at=0.95)}
-    monitor = watch(segments={"reasoning": relaxed})
+    segment = Segment(opens=["<think>"], closes=["</think>"], tiers=relaxed)
+    monitor = watch(segments={"reasoning": segment})
     slot, other = monitor.admit("s", 0), monitor.admit("o", 0)
     monitor.enter_segment(slot, "reasoning")
     step(monitor, [(slot, 0, 20.0), (other, 0, 20.0)])

@@ -12,7 +12,16 @@ from plain_filter import NAN, Kernel, logit_in_bin, random_chain
 from pydantic import ValidationError
 
 from midstream.kernels.tables import OnUnscored, Verdict
-from midstream.policy import ANSWER, TIERS, OnHalt, Policy, PolicyError, Provenance, Thresholds
+from midstream.policy import (
+    ANSWER,
+    TIERS,
+    OnHalt,
+    Policy,
+    PolicyError,
+    Provenance,
+    Segment,
+    Thresholds,
+)
 
 CHAIN = random_chain(5)
 
@@ -25,9 +34,13 @@ tiers:
 default_tier: moderate
 segments:
   reasoning:
-    loose: {horizon: 0, halt_at: 0.99}
-    strict: {horizon: 8, halt_at: 0.6}
-    moderate: {horizon: 4, halt_at: 0.8}
+    opens: ["<think>"]
+    closes: ["</think>", [7, 8]]
+    tiers:
+      loose: {horizon: 0, halt_at: 0.99}
+      strict: {horizon: 8, halt_at: 0.6}
+      moderate: {horizon: 4, halt_at: 0.8}
+  tool_call: {opens: [[3]], closes: [[4]]}
 hold_back: 2
 on_unscored: halt
 on_halt: {finish_reason: stopped, message: "Überwacht: no."}
@@ -35,6 +48,7 @@ provenance: {calibration_set: testbed, guarantee: at most 1 % false halts per re
 """
 
 levels = st.floats(0, 1)
+markers = st.text(min_size=1, max_size=4) | st.lists(st.integers(0, 99), min_size=1, max_size=3)
 
 
 @st.composite
@@ -83,7 +97,14 @@ def policies(draw):
         tiers=tiers(),
         default_tier=default,
         loosest_tier=draw(st.sampled_from([loosest, default, None])),
-        segments={segment: tiers() for segment in segments[:3]},
+        segments={
+            name: Segment(
+                opens=draw(st.lists(markers, min_size=1, max_size=2)),
+                closes=draw(st.lists(markers, min_size=1, max_size=2)),
+                tiers=tiers() if draw(st.booleans()) else None,
+            )
+            for name in segments[:3]
+        },
         hold_back=draw(st.integers(1, 9) | st.just("turn")),
         on_unscored=draw(st.sampled_from(["pass", "hold", "halt"])),
         on_halt=OnHalt(message=draw(st.none() | st.text())),
@@ -99,7 +120,10 @@ def test_the_example():
     assert policy.tiers["strict"] == Thresholds(
         horizon=16, halt_at=0.2, hold_at=0.1, release_at=0.05
     )
-    assert policy.segments["reasoning"]["moderate"].halt_at == 0.8
+    reasoning = policy.segments["reasoning"]
+    assert reasoning.tiers["moderate"].halt_at == 0.8
+    assert reasoning.closes == ["</think>", [7, 8]]
+    assert policy.thresholds_by_segment()[2] == policy.tiers
     assert (policy.hold_back, policy.on_unscored) == (2, "halt")
     assert policy.on_halt.message == "Überwacht: no."
 
@@ -117,7 +141,8 @@ def test_what_is_left_out_is_on_the_safe_side():
 def test_what_yaml_takes_for_a_line_break_comes_back(breaks):
     name = f"tool{breaks}call"
     tiers = {"moderate": Thresholds(horizon=0, halt_at=0.5)}
-    policy = Policy(tiers=tiers, default_tier="moderate", segments={name: tiers})
+    segment = Segment(opens=[name], closes=[[1]])
+    policy = Policy(tiers=tiers, default_tier="moderate", segments={name: segment})
     assert Policy.from_yaml(policy.to_yaml()) == policy
 
 
@@ -128,7 +153,9 @@ def test_yaml_round_trip(policy):
     again = Policy.from_yaml(text)
     assert again == policy
     assert again.to_yaml() == text
-    assert [list(t) for t in again.segments.values()] == [list(t) for t in policy.segments.values()]
+    assert [list(t) for t in again.thresholds_by_segment()] == [
+        list(t) for t in policy.thresholds_by_segment()
+    ]
 
 
 def change(path, value):
@@ -149,7 +176,12 @@ def change(path, value):
     [
         ("treshold", 0.5, "treshold: unknown key"),
         ("tiers.strict.halt", 0.5, r"tiers\.strict\.halt: unknown key"),
-        ("segments.reasoning.strict.x", 0.5, r"segments\.reasoning\.strict\.x: unknown key"),
+        ("segments.reasoning.x", 0.5, r"segments\.reasoning\.x: unknown key"),
+        ("segments.reasoning.opens", None, r"segments\.reasoning\.opens: Field required"),
+        ("segments.reasoning.opens", [], r"segments\.reasoning\.opens: .*at least 1"),
+        ("segments.reasoning.opens", [""], r"segments\.reasoning\.opens\.0.*at least 1"),
+        ("segments.reasoning.opens", [[]], r"segments\.reasoning\.opens\.0.*at least 1"),
+        ("segments.reasoning.opens", [[-1]], r"segments\.reasoning\.opens\.0.*greater than"),
         ("on_halt.retry", 1, r"on_halt\.retry: unknown key"),
         ("provenance.who", "me", r"provenance\.who: unknown key"),
         ("tiers.lax", {"horizon": 0, "halt_at": 1.0}, r"tiers\.lax: .*'loose'"),
@@ -170,9 +202,21 @@ def change(path, value):
         ("tiers.loose.release_at", 0.15, r"tiers\.loose: release_at needs hold_at"),
         ("tiers.moderate.halt_at", 0.95, r"tiers\.moderate: can be milder than loose"),
         ("tiers.moderate.horizon", 17, r"tiers\.strict: can be milder than moderate"),
-        ("segments.reasoning.strict.halt_at", 0.81, r"segments\.reasoning\.strict: can be milder"),
-        ("segments.reasoning.strict", None, r"segments\.reasoning: has loose, moderate; needs"),
-        ("segments.answer", {}, r"segments\.answer: its thresholds are those of the tiers"),
+        (
+            "segments.reasoning.tiers.strict.halt_at",
+            0.81,
+            r"segments\.reasoning\.tiers\.strict: can be milder",
+        ),
+        (
+            "segments.reasoning.tiers.strict",
+            None,
+            r"segments\.reasoning\.tiers: has loose, moderate; needs",
+        ),
+        (
+            "segments.answer",
+            {"opens": ["a"], "closes": ["b"]},
+            r"segments\.answer: its thresholds are those of the tiers",
+        ),
         ("tiers", {}, "tiers: .*at least 1"),
         ("tiers", "strict", "tiers: .*dictionary"),
         ("tiers", None, "tiers: Field required"),
@@ -234,10 +278,10 @@ def test_broken_yaml_is_refused(text):
 @pytest.mark.parametrize(
     ("text", "key", "line"),
     [
-        (EXAMPLE + "hold_back: turn\n", "hold_back", 17),
+        (EXAMPLE + "hold_back: turn\n", "hold_back", 21),
         (EXAMPLE.replace("halt_at: 0.5", "halt_at: 0.5, halt_at: 0.9"), "halt_at", 5),
         (EXAMPLE.replace("  loose: {", '  "moderate": {', 1), "moderate", 6),
-        (EXAMPLE.replace("on_halt: {", "on_halt: {finish_reason: other, "), "finish_reason", 15),
+        (EXAMPLE.replace("on_halt: {", "on_halt: {finish_reason: other, "), "finish_reason", 19),
     ],
 )
 def test_a_key_given_twice_is_refused(text, key, line):
@@ -334,7 +378,8 @@ def test_who_halts_early_need_not_hold():
 @given(policies())
 def test_rows_correspond_to_segments_and_tiers(policy):
     table = policy.table(CHAIN)
-    segments = {ANSWER: policy.tiers, **policy.segments}
+    names = [ANSWER, *policy.segments]
+    segments = dict(zip(names, policy.thresholds_by_segment(), strict=True))
     rows = []
     for (segment, tiers), tier in itertools.product(segments.items(), policy.tiers):
         row, wanted = policy.row(tier, segment), tiers[tier]
@@ -417,5 +462,7 @@ def test_unscored_tokens_pass_or_halt_when_the_policy_says_so():
 
 def test_the_example_in_the_docs_is_a_policy() -> None:
     text = (Path(__file__).parent.parent / "docs" / "bundle.md").read_text(encoding="utf-8")
-    policy = Policy.from_yaml(text.split("```yaml\n")[1].split("```")[0])
-    assert list(policy.segments) == ["reasoning"]
+    blocks = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
+    assert set(Policy.from_yaml(blocks[1]).segments) == {"reasoning", "tool_call"}
+    policy = Policy.from_yaml(blocks[0])
+    assert policy.tiers["strict"].release_at == 0.15

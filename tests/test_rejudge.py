@@ -25,7 +25,7 @@ from midstream.measure.recording import TIER, Recording, RecordingError
 from midstream.measure.rejudge import rejudge
 from midstream.measure.sweep import sweep
 from midstream.monitor import Monitor
-from midstream.policy import Policy, PolicyError, Thresholds
+from midstream.policy import Policy, PolicyError, Segment, Thresholds
 from midstream.streams import StreamReport
 
 TIERS = {
@@ -219,7 +219,7 @@ def test_what_cannot_be_judged_is_refused(rng):
     segments = Policy(
         tiers={"moderate": TIERS["moderate"]},
         default_tier="moderate",
-        segments={"tool": {"moderate": TIERS["moderate"]}},
+        segments={"tool": Segment(opens=[[1]], closes=[[2]])},
     )
     with pytest.raises(RecordingError, match=r"segments \(tool\)"):
         rejudge(recording, bundle, policy=segments)

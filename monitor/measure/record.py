@@ -80,6 +80,7 @@ def record(
     logits = np.empty((starts[-1], len(bundle.bank.names)), np.float32)
 
     monitor = Monitor(bundle, slots=batch_size, trace=max(lengths), device=model.device)
+    monitor.recognise_segments(tokenizer)
     order = sorted(range(len(encoded)), key=lambda e: len(encoded[e].ids))
     for done in range(0, len(order), batch_size):
         batch = order[done : done + batch_size]

@@ -105,7 +105,8 @@ class Attachment:
         enforce: bool = True,
     ) -> None:
         monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
-        check_supported(model, monitor.policy)
+        check_supported(model)
+        monitor.recognise_segments(tokenizer)
         self.monitor = monitor
         self.model = model
         self.enforces = enforce
@@ -168,6 +169,8 @@ class Attachment:
         observed = self.monitor.observed_rows
         if self._steps > 1:
             self._retire_ended(input_ids[:, -1])
+        if self._steps > 1:
+            self.monitor.follow(self._live, input_ids[:, -1])
         if observed == rows and self._steps > 1:
             slot, position = self._live, self._next
         elif observed == rows * tokens:
@@ -240,7 +243,10 @@ class Attachment:
         # Compiled decoding would keep the hooks' first answers; the monitor must run in every step.
         set_option(kwargs, "disable_compile", True)
         try:
-            self._begin(mask.repeat_interleave(config.num_return_sequences or 1, dim=0), config)
+            times = config.num_return_sequences or 1
+            self._begin(
+                inputs.repeat_interleave(times, 0), mask.repeat_interleave(times, 0), config
+            )
             output = self._generate(**kwargs)
             self._end(output if isinstance(output, Tensor) else output.sequences, config)
             return output
@@ -249,8 +255,8 @@ class Attachment:
             self._retire(["error"] * len(self._slots))
             raise
 
-    def _begin(self, mask: Tensor, config: GenerationConfig) -> None:
-        """Admit one stream per row of ``mask`` [B, T], the attention mask of the prompts."""
+    def _begin(self, prompts: Tensor, mask: Tensor, config: GenerationConfig) -> None:
+        """Admit one stream per row of ``prompts`` [B, T], of which ``mask`` [B, T] is true."""
         check_mask(mask)
         rows, lengths = len(mask), mask.sum(dim=1).tolist()
         if rows > self.monitor.free_slots:
@@ -258,10 +264,10 @@ class Attachment:
                 f"{rows} rows for {self.monitor.free_slots} free slots; build the monitor with "
                 "more slots, or generate smaller batches"
             )
-        for length in lengths:
-            self._slots.append(
-                self.monitor.admit(f"stream-{self._streams}", int(length), self._tier)
-            )
+        ids = prompts.tolist() if self.monitor.segments else [[]] * rows
+        for length, row in zip(lengths, ids, strict=True):
+            name, prompt = f"stream-{self._streams}", row[-length:]
+            self._slots.append(self.monitor.admit(name, length, self._tier, prompt=prompt))
             self._streams += 1
         self._ends = end_tokens(config)
         on_host = self.monitor.device.type == "cpu"

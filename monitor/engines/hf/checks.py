@@ -9,8 +9,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from midstream.policy import Policy
-
 _UNWATCHABLE = {
     "custom_generate": "replaces the decoding loop",
     "prefill_chunk_size": "splits the prompt",
@@ -99,8 +97,8 @@ def set_option(options: dict[str, Any], name: str, value: Any) -> None:
     setattr(config, name, value)
 
 
-def check_supported(model: Any, policy: Policy) -> None:
-    """Refuse a model that does not write, and a policy that nothing here would obey.
+def check_supported(model: Any) -> None:
+    """Refuse a model that does not write.
 
     Raises
     ------
@@ -110,12 +108,6 @@ def check_supported(model: Any, policy: Policy) -> None:
         _refuse(
             f"{type(model).__name__} has no generate",
             "load the checkpoint with its language-model head, or score given texts",
-        )
-    if policy.segments:
-        _refuse(
-            f"the policy has thresholds for {', '.join(policy.segments)}, and segments are not "
-            "recognised in generated text yet",
-            "take them out of policy.yaml, or call Monitor.enter_segment from an adapter",
         )
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Encoding
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from midstream.bundle import Fingerprint
 from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatched, window
 from midstream.monitor import Monitor
+from midstream.policy import ANSWER
+from midstream.segments import SegmentTable
 from midstream.streams import StreamReport
 from midstream.taps import attach_taps
 
@@ -78,6 +82,7 @@ def score(
         When the monitor's bundle was made for another model.
     """
     monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
+    monitor.recognise_segments(tokenizer)
     names = (f"text-{i}" for i in count())
     pending = iter(texts)
     while batch := list(islice(pending, min(batch_size, max(1, monitor.free_slots)))):
@@ -148,7 +153,8 @@ def feed(
     model : transformers.PreTrainedModel
     batch : sequence of GivenTokens
     monitor : Monitor
-        With a free slot for each, and a ``trace`` as long as the longest.
+        With a free slot for each, and a ``trace`` as long as the longest. Where its policy has
+        segments, a token costs one more fold for each of them that the longest row goes through.
     tier : str, optional
 
     Raises
@@ -213,8 +219,30 @@ def _forward(body: Any, batch: Sequence[GivenTokens], monitor: Monitor, slots: l
     cacheless = "use_cache" in inspect.signature(body.forward).parameters
     body(input_ids=ids, attention_mask=present, **({"use_cache": False} if cacheless else {}))
     slot = torch.where(judged, torch.tensor(slots)[:, None], -1)
-    position = judged.cumsum(dim=1) - 1
-    monitor.advance(
-        slot.flatten().to(monitor.device, torch.int32),
-        position.flatten().to(monitor.device, torch.int32),
-    )
+    position = (judged.cumsum(dim=1) - 1).flatten().to(monitor.device, torch.int32)
+    if monitor.segments is None:
+        monitor.advance(slot.flatten().to(monitor.device, torch.int32), position)
+        return
+    # A slot has one row of thresholds at a time, so each call folds one segment of each stream.
+    runs = [_segment_runs(row, monitor.segments) for row in batch]
+    of_run = torch.full(judged.shape, -1)
+    of_run[judged] = torch.cat([torch.from_numpy(number) for number, _ in runs])
+    last = int(of_run.max())
+    for run in range(last + 1):
+        for at, (_, segments) in zip(slots, runs, strict=True):
+            if 0 < run < len(segments):
+                monitor.enter_segment(at, segments[run])
+        rows = torch.where(of_run == run, slot, -1).flatten()
+        monitor.advance(rows.to(monitor.device, torch.int32), position, keep=run < last)
+
+
+def _segment_runs(row: GivenTokens, segments: SegmentTable) -> tuple[NDArray[np.int64], list[str]]:
+    """Number of the run that each judged token is in, and the segment of each run.
+
+    Run 0 is the prompt.
+    """
+    ids = [token for token, judged in zip(row.ids, row.judged, strict=True) if judged]
+    response = segments.read(ids[: row.prompt_tokens], ids[row.prompt_tokens :])
+    changes = np.diff(response, prepend=-1) != 0
+    number = np.concatenate([np.zeros(row.prompt_tokens, np.int64), np.cumsum(changes)])
+    return number, [ANSWER, *(segments.names[segment] for segment in response[changes])]
