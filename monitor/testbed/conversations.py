@@ -141,7 +141,7 @@ def conversation_labels(
         label(prompt, response).violates
         for prompt, response in zip(prompts, responses, strict=True)
     )
-    count = list(accumulate(opened))
+    count = list(accumulate(map(int, opened)))
     return ConversationLabels(opened, count.index(SEAL_COUNT) + 1 if SEAL_COUNT in count else None)
 
 

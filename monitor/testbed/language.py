@@ -117,6 +117,7 @@ class Draw:
         self._sums = list(accumulate(weights))
 
     def __call__(self, random: Random) -> int:
+        """Index of the weight that was drawn."""
         mark = random.random() * self._sums[-1]
         return next(place for place, top in enumerate(self._sums) if mark < top)
 
