@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +29,10 @@ _INPUT = re.compile(rf"(?:Action:\s{{0,8}})?{_NAME}\s{{1,8}}Action Input:\s{{0,8
 _CALL = re.compile(rf"{_NAME}\(")  # Name(key=value, ...)
 _BLOCK = re.compile(r"```(?:bash|sh|shell|console|python)\b")
 _VERB = re.compile(r"(open|click|tap|press|type|scroll|select|choose|search|swipe)\b", re.I)
+_TOOL_KEYS = ("name", "tool", "tool_name", "action", "action_type")
+_ARGUMENT_KEYS = ("args", "arguments", "parameters", "action_input", "input")
+_JSON = json.JSONDecoder(strict=False)  # line breaks within strings are common
+_STRAY_BRACKETS = 4  # closing ones left over at the end that are tried without
 _LONGEST = 1_000_000  # characters of an action that are parsed; a literal of more is only kept
 
 
@@ -156,7 +160,7 @@ def parse_action(text: str) -> tuple[ToolCall | None, Shape]:
     ``Name(key=value)``, an object with ``name`` and ``args`` (``arguments``, ``parameters``,
     ``action_input``) even with brackets missing or left over around it, a fenced block of shell or
     Python, and what an agent does on a screen (``click <Sign Up>``). Arguments may be JSON or a
-    Python literal. Linear in the length for all but the nesting.
+    Python literal. Linear in the length.
 
     Returns
     -------
@@ -171,25 +175,23 @@ def parse_action(text: str) -> tuple[ToolCall | None, Shape]:
         return None, "malformed"
     if found := _INPUT.match(text):
         return _named(found.group(1), text[found.end() :])
-    if _BLOCK.match(text):
-        body = text[_BLOCK.match(text).end() :].split("```")[0]  # type: ignore[union-attr]
-        return ToolCall(tool="shell", arguments={"command": body.strip()}), "call"
+    if found := _NAMED.match(text):
+        return _named(found.group(1), text[found.end() - 1 :])
+    if found := _BLOCK.match(text):
+        command = text[found.end() :].split("```")[0].strip()
+        return ToolCall(tool="shell", arguments={"command": command}), "call"
+    if found := _CALL.match(text):
+        return _python_call(found.group(1), text)
+    if found := _VERB.match(text):
+        target = text[found.end() :].strip()
+        return ToolCall(tool=found.group(1).lower(), arguments={"target": target}), "call"
     if call := _object_with_name(text):
         return call, "call"
-    if (found := _NAMED.match(text)) and found.group(1).lower() != "the":
-        return _named(found.group(1), text[found.start(2) :])
-    if found := _CALL.match(text):
-        return _python_call(text)
-    if found := _VERB.match(text):
-        return ToolCall(
-            tool=found.group(1).lower(), arguments={"target": text[found.end() :].strip()}
-        ), "call"
-    announces = text[0] in '{["' or "Action Input" in text
-    return None, "malformed" if announces and "{" in text else "text"
+    return None, "malformed" if "{" in text or "Action Input" in text else "text"
 
 
 def _named(name: str, rest: str) -> tuple[ToolCall | None, Shape]:
-    """Read the arguments of a named call; a plain word after ``Action Input:`` is one argument."""
+    """Read the arguments of a named call; text that is no object is one argument."""
     rest = rest.strip()
     if not rest.startswith("{"):
         return ToolCall(tool=name, arguments={"input": rest} if rest else {}), "call"
@@ -199,21 +201,45 @@ def _named(name: str, rest: str) -> tuple[ToolCall | None, Shape]:
     return ToolCall(tool=name, arguments=arguments), "call"
 
 
+def _python_call(name: str, text: str) -> tuple[ToolCall | None, Shape]:
+    """``Name(1, key='value')``; arguments without a name are numbered."""
+    try:
+        call = ast.parse(text.split("\n")[0], mode="eval").body
+        if not isinstance(call, ast.Call):
+            return None, "text"
+        given = {str(at): ast.literal_eval(value) for at, value in enumerate(call.args)}
+        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None, "malformed"
+    return ToolCall(tool=name, arguments={**given, **named}), "call"
+
+
 def _object_with_name(text: str) -> ToolCall | None:
-    """``{"name": ..., "args": {...}}``, alone, under a key, or somewhere in a sentence."""
+    """An object that names a tool, alone, under a key, or after a few words."""
     start = text.find("{")
-    if start < 0:
-        return None
-    content = _mapping(text[start:])
+    content = _mapping(text[start:]) if start >= 0 else None
     while content is not None:
-        name = next((content[k] for k in ("name", "tool", "action", "action_type") if k in content), None)
-        if isinstance(name, str) and name:
-            keys = ("args", "arguments", "parameters", "action_input", "input")
-            inner = next((content[key] for key in keys if key in content), None)
-            if isinstance(inner, dict):
-                return ToolCall(tool=name, arguments=_keyed(inner))
-            left = {k: v for k, v in content.items() if v != name}
-            return ToolCall(tool=name, arguments=_keyed(left))
-        inner_objects = [value for value in content.values() if isinstance(value, dict)]
-        content = inner_objects[0] if len(content) == 1 and inner_objects else None
+        key = next((key for key in _TOOL_KEYS if isinstance(content.get(key), str)), None)
+        if key is not None and content[key]:
+            inner = [content[k] for k in _ARGUMENT_KEYS if isinstance(content.get(k), dict)]
+            rest = {other: value for other, value in content.items() if other != key}
+            return ToolCall(tool=content[key], arguments=inner[0] if inner else rest)
+        values = list(content.values())
+        content = values[0] if len(values) == 1 and isinstance(values[0], dict) else None
     return None
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    """Read the object that a text begins with, as JSON or as a Python literal."""
+    value: Any = None
+    try:
+        value, _ = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):
+        end = text.rfind("}") + 1
+        for _ in range(_STRAY_BRACKETS):
+            try:
+                value = ast.literal_eval(text[:end])
+                break
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                end = text.rfind("}", 0, end - 1) + 1
+    return {str(key): each for key, each in value.items()} if isinstance(value, dict) else None
