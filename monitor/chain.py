@@ -129,7 +129,7 @@ class Chain(BaseModel):
         """``a_h`` for h = 0 ... ``tokens``, [tokens + 1, K+1]; O(tokens K^2), see `MAX_CURVE`."""
         _check_horizon(tokens, MAX_CURVE)
         violated = np.eye(self.states + 2)[self.states]
-        return orbit(self.absorbing, violated, tokens + 1)[:, : self.states + 1]
+        return np.asarray(orbit(self.absorbing, violated, tokens + 1)[:, : self.states + 1])
 
     def forecast(self, belief: Array, tokens: int) -> Array:
         """P(violated now or within ``tokens`` more) for beliefs [..., K+1], [...]."""
@@ -147,7 +147,7 @@ class Chain(BaseModel):
         _check_horizon(tokens, MAX_CURVE)
         k, p = self.states, self.absorbing
         at_once = np.append(p[:k, k], [0.0, 0.0])
-        return orbit(p, at_once, tokens)[:, :k].T
+        return np.asarray(orbit(p, at_once, tokens)[:, :k].T)
 
     def first_passage_tail(self, tokens: int) -> Array:
         """P(violated, and after more than ``tokens`` tokens | state), [K]: ``Q^n B[:, V]``.

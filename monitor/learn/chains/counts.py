@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,6 +10,17 @@ from numpy.typing import NDArray
 
 from midstream.chain import Array, Chain, ChainError
 from midstream.learn.chains.symbols import SymbolStream
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Parameters of the Dirichlets of a chain's moves [K+1, K+1] and of its endings [K+1, 2].
+
+    The last row, V's, is no matter of chance for the moves.
+    """
+
+    moves: Array
+    ends: Array
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,10 @@ class Counts:
         """Counts of both sets of streams."""
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __sub__(self, other: Counts) -> Counts:
+        """Counts without those of some of the streams."""
+        return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
     @property
     def states(self) -> int:
         """K, the number of transient states."""
@@ -47,15 +62,33 @@ class Counts:
         """Tokens by state that were the last one, or not, [K+1, 2]."""
         return np.stack([self.ends, self.moves.sum(axis=1)], axis=1)
 
-    def alphas(self, prior_count: float) -> tuple[Array, Array]:
-        """Parameters of the posterior Dirichlets: of the moves [K+1, K+1], of the ends [K+1, 2].
+    def posterior(self, prior_count: float) -> Posterior:
+        """What is known of moves and endings after these counts.
 
-        Moves are centred on where the transient states go at all: a uniform prior would find it as
-        likely that a calm stream jumps into a bin only violated streams are in as that it violates.
+        The prior of the moves is centred on where the transient states go at all: a uniform one
+        would find it as likely that a calm stream jumps into a bin only violated streams are in as
+        that it violates. That of the endings is uniform.
         """
+        if prior_count < 0:
+            raise ChainError(f"prior_count: expected 0 or more, got {prior_count}")
         pooled = self.moves[: self.states].sum(axis=0) + 1 / (self.states + 1)
         moves = self.moves + prior_count * pooled / pooled.sum()
-        return moves, self.ends_or_goes_on + prior_count / 2
+        return Posterior(moves, self.ends_or_goes_on + prior_count / 2)
+
+    def tables(self) -> dict[str, Array]:
+        """Counts of every table of a chain by its name; ``ending`` is [K+1, 2], as above.
+
+        V's moves are left out: they are no matter of chance.
+        """
+        moves = self.moves.copy()
+        moves[-1] = 0.0
+        return {
+            "transition": moves,
+            "ending": self.ends_or_goes_on,
+            "emission": self.emission,
+            "prior": self.first.sum(axis=1)[None],
+            "prompt_emission": self.first,
+        }
 
     def log_likelihood(self, chain: Chain) -> float:
         """Log-probability of streams with these counts under a chain, natural log.
@@ -63,19 +96,13 @@ class Counts:
         Of states, ends, bins and prompts together; ``-inf`` where something was seen that the chain
         rules out.
         """
-        goes_on = 1 - np.array(chain.ending)
-        tables = (
-            (self.moves, chain.transition),
-            (self.ends_or_goes_on, np.stack([chain.ending, goes_on], axis=1)),
-            (self.emission, chain.emission),
-            (self.first.sum(axis=1), chain.prior),
-            (self.first, chain.prompt_emission),
-        )
+        ending = np.stack([chain.ending, 1 - np.array(chain.ending)], axis=1)
+        chances = {**chain.model_dump(), "ending": ending, "prior": [chain.prior]}
         total = 0.0
-        for counts, chances in tables:
+        for name, counts in self.tables().items():
             seen = counts > 0
             with np.errstate(divide="ignore"):
-                total += float((counts[seen] * np.log(np.asarray(chances)[seen])).sum())
+                total += float((counts[seen] * np.log(np.asarray(chances[name])[seen])).sum())
         return total
 
 
@@ -173,25 +200,39 @@ def chain_of(
     """Return the posterior mean of a chain; parameters as for :func:`fit_symbols_by_counts`."""
     if not counts.emission[-1].any():
         raise ChainError("fit_by_counts: no stream violates, so nothing can be learnt about it")
-    if prior_count < 0:
-        raise ChainError(f"prior_count: expected 0 or more, got {prior_count}")
+    return chain_from(posterior_means(counts, prior_count), edges, prompt_edges)
+
+
+def posterior_means(counts: Counts, prior_count: float) -> dict[str, Array]:
+    """Tables of a chain, named and shaped as `Counts.tables`, each row a distribution."""
     k = counts.states
     stay = np.eye(k + 1)
-    moves, ends = counts.alphas(prior_count)
-    transition = posterior_mean(moves, stay)
+    posterior = counts.posterior(prior_count)
+    transition = posterior_mean(posterior.moves, stay)
     transition[k] = stay[k]
     emission = posterior_mean(counts.emission + prior_count / k, 1 / k)
     emission[:k] = np.eye(k)
-    first = counts.first.sum(axis=1)[None]
-    prompts = counts.first.shape[1]
-    prompt_emission = posterior_mean(counts.first + prior_count / prompts, 1 / prompts)
+    first, prompts = counts.first, counts.first.shape[1]
+    return {
+        "transition": transition,
+        "ending": posterior_mean(posterior.ends, np.array([0.0, 1.0])),
+        "emission": emission,
+        "prior": posterior_mean(first.sum(axis=1)[None] + prior_count / (k + 1)),
+        "prompt_emission": posterior_mean(first + prior_count / prompts, 1 / prompts),
+    }
+
+
+def chain_from(
+    tables: Mapping[str, Array], edges: Sequence[float], prompt_edges: Sequence[float]
+) -> Chain:
+    """Make a chain of tables as :func:`posterior_means` returns them."""
     return Chain(
-        transition=transition.tolist(),
-        ending=posterior_mean(ends, np.array([0.0, 1.0]))[:, 0].tolist(),
-        emission=emission.tolist(),
+        transition=tables["transition"].tolist(),
+        ending=tables["ending"][:, 0].tolist(),
+        emission=tables["emission"].tolist(),
         edges=list(map(float, edges)),
-        prior=posterior_mean(first + prior_count / (k + 1))[0].tolist(),
-        prompt_emission=prompt_emission.tolist(),
+        prior=tables["prior"][0].tolist(),
+        prompt_emission=tables["prompt_emission"].tolist(),
         prompt_edges=list(map(float, prompt_edges)),
     )
 
