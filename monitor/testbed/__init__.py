@@ -42,6 +42,7 @@ from .language import (
     write_corpus,
 )
 from .oracle import Oracle, Reading
+from .traces import sample_trace, sample_traces, trace_rows, violating_step
 
 if TYPE_CHECKING:
     from midstream.bundle import Bundle
@@ -53,7 +54,11 @@ if TYPE_CHECKING:
 MODEL_DIR = Path(__file__).parent / "model"
 BUNDLE_DIR = Path(__file__).parent / "bundle"
 
+#: What the archive's tools do, as rules for `midstream.agents.rules.Rules.load`.
+AGENT_RULES = Path(__file__).parent / "agent_rules.yaml"
+
 __all__ = [
+    "AGENT_RULES",
     "BUNDLE_DIR",
     "EOS_ID",
     "MODEL_DIR",
@@ -86,9 +91,13 @@ __all__ = [
     "sample_dialogue",
     "sample_dialogues",
     "sample_prompt",
+    "sample_trace",
+    "sample_traces",
     "sample_user",
     "text_of",
+    "trace_rows",
     "violating_index",
+    "violating_step",
     "write_corpus",
 ]
 
