@@ -40,10 +40,20 @@ def future_harm(transition, ending, event, then):
 
 
 def within_error(hits, chances):
-    """Whether outcomes agree with the chances that were given for them, to 4.5 standard errors."""
+    """Whether outcomes agree with the chances that were given for them.
+
+    To 4.5 standard errors, and two more: where hardly any hit is expected, counts are not normal.
+    """
     hits, chances = np.asarray(hits, dtype=float), np.asarray(chances, dtype=float)
     spread = np.sqrt((chances * (1 - chances)).sum())
-    return abs(hits.sum() - chances.sum()) <= 4.5 * spread + 1e-9
+    return abs(hits.sum() - chances.sum()) <= 4.5 * spread + 2 * (spread > 0) + 1e-9
+
+
+def follows(counts, chances):
+    """Whether counts agree with the distribution they were drawn from; see `within_error`."""
+    total, chances = np.sum(counts), np.asarray(chances, dtype=float)
+    error = np.sqrt(chances * (1 - chances) * total)
+    return (np.abs(counts - chances * total) <= 4.5 * error + 2 * (error > 0) + 1e-9).all()
 
 
 def calibrated(hits, chances, groups=8):

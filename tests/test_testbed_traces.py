@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from event_enumeration import calibrated, enumerate_past, future_harm, within_error
+from event_enumeration import calibrated, enumerate_past, follows, future_harm, within_error
 from kernel_cases import fresh_seed
 from typer.testing import CliRunner
 
@@ -107,9 +107,7 @@ def test_runs_follow_the_chain():
     for end, visit, chance in zip(ends, visits, grammar.ENDING, strict=True):
         pairs.append(([end, visit - end], [chance, 1 - chance]))
     for counts, chances in pairs:
-        total, chance = np.sum(counts), np.array(chances)
-        error = np.sqrt(chance * (1 - chance) * total)
-        assert (np.abs(np.array(counts) - chance * total) <= 4.75 * error + 1).all()
+        assert follows(counts, chances)
 
 
 def test_shape(oracle, traces):

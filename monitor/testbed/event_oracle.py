@@ -120,8 +120,18 @@ class EventProcess:
 
     def values(self, horizon: int) -> Floats:
         """Chance of harm by now or within ``horizon`` more events, [U, F + 1]; 1 for fact F."""
-        ahead = self.chain.horizon(horizon)[1:-1].reshape(len(self.hidden), len(self.facts))
+        ahead = self._horizon(horizon)[1:-1].reshape(len(self.hidden), len(self.facts))
         return np.concatenate([ahead, np.ones((len(ahead), 1))], axis=1)
+
+    def _horizon(self, horizon: int) -> Floats:
+        if horizon not in self._horizons:
+            self._horizons[horizon] = self.chain.horizon(horizon)
+        return self._horizons[horizon]
+
+    @cached_property
+    def _horizons(self) -> dict[int, Floats]:
+        """``Chain.horizon`` of what has been asked for: a matrix power, the same for all reads."""
+        return {}
 
     def read(
         self,
@@ -154,7 +164,7 @@ class EventProcess:
         logs = np.empty(count)
         then = np.vstack([self.then, np.full(self.then.shape[1], facts)])  # harm stays done
 
-        risk[:, 0] = [self.chain.horizon(horizon)[0] for horizon in horizons]
+        risk[:, 0] = [self._horizon(horizon)[0] for horizon in horizons]
         belief[0] = coming = self.start  # times the chance that there is an event at all
         for at, event in enumerate(events):
             if at:
