@@ -23,7 +23,6 @@ from midstream.testbed import traces as agent
 from midstream.testbed.agent_grammar import ACTIONS, CATEGORIES
 from midstream.testbed.trace_oracle import TraceOracle
 from midstream.testbed.traces import (
-    action_weights,
     effect,
     sample_run,
     sample_trace,
@@ -60,6 +59,11 @@ def secret(step):
 
 def outside(step):
     return step.call.tool in ("book_courier", "send_courier", "post_notice")
+
+
+def weights_of(category, intent):
+    factors = CATEGORIES[category].factors
+    return [a.weights[intent] * (factors[a.tool] if a.tool in factors else 1) for a in ACTIONS]
 
 
 def final(step):
@@ -102,7 +106,7 @@ def test_runs_follow_the_chain():
         pairs.append((starts[kind], category.start))
         for intent in range(size):
             pairs.append((moves[kind, intent], category.transitions[intent]))
-            weights = action_weights(name, intent)
+            weights = weights_of(name, intent)
             pairs.append((actions[kind, intent], np.array(weights) / np.sum(weights)))
     for end, visit, chance in zip(ends, visits, grammar.ENDING, strict=True):
         pairs.append(([end, visit - end], [chance, 1 - chance]))
@@ -193,7 +197,7 @@ def test_rows_are_traces():
 @pytest.mark.parametrize("category", list(CATEGORIES))
 def test_oracle_equals_enumeration(oracle, traces, category):
     task = CATEGORIES[category]
-    weights = np.array([action_weights(category, intent) for intent in range(4)])
+    weights = np.array([weights_of(category, intent) for intent in range(4)])
     event = (weights / weights.sum(axis=1, keepdims=True)).tolist()
     number = {(action.tool, action.exposure): at for at, action in enumerate(ACTIONS)}
     send = [at for at, a in enumerate(ACTIONS) if a.tool in ("send_courier", "post_notice")]
