@@ -63,7 +63,7 @@ def outside(step):
 
 def weights_of(category, intent):
     factors = CATEGORIES[category].factors
-    return [a.weights[intent] * (factors[a.tool] if a.tool in factors else 1) for a in ACTIONS]
+    return [a.weights[intent] * factors.get(a.tool, 1) for a in ACTIONS]
 
 
 def final(step):
