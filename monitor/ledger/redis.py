@@ -67,16 +67,16 @@ end
 return {#old, turns}
 """
 
+# By the class of redis-py's error, or by the server's code where it has no class of its own.
 _REMEDIES = {
     "WRONGTYPE": "another program writes keys that begin like the ledger's: remove them, and give "
     "the ledger a database of its own",
-    "OOM": "raise the server's maxmemory, or expire old conversations",
     "MISCONF": "the server cannot write to its disk: see its log, and free space",
-    "READONLY": "give the address of the primary, not of a replica",
-    "NOAUTH": "give a password: redis://:PASSWORD@host:port/db",
-    "WRONGPASS": "correct the password in the address",
-    "NOPERM": f"allow this user EVALSHA, SCRIPT, HMGET and what writes keys of {_PREFIX}*",
-    "loading": "the server reads its data from disk: try again soon",
+    "OutOfMemoryError": "raise the server's maxmemory, or expire old conversations",
+    "ReadOnlyError": "give the address of the primary, not of a replica",
+    "AuthenticationError": "give user and password: redis://USER:PASSWORD@host:port/db",
+    "NoPermissionError": "allow this user EVALSHA, EVAL's commands, SCRIPT, INFO and HMGET",
+    "BusyLoadingError": "the server reads its data from disk: try again soon",
 }
 _OTHERWISE = "see that the server runs, can be reached, and what its log says"
 
@@ -177,12 +177,12 @@ class RedisLedger:
         """Refuse a server that cannot serve; yield what it does not promise."""
         import redis
 
-        info: Any = self._client.info("server", "replication", "persistence")
+        info: Any = self._client.info()
         version = str(info["redis_version"])
         if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
             raise redis.ResponseError(f"it is Redis {version}, and 6.2 or newer is needed")
         if info["role"] != "master":
-            raise redis.ResponseError("READONLY it is a replica")
+            raise redis.ReadOnlyError("it is a replica")
         settings: Any = {}
         for name in ("appendfsync", "maxmemory-policy"):
             try:
@@ -220,7 +220,8 @@ class RedisLedger:
                 "do not trust this conversation: remove its hash, and see what else writes here",
             ) from error
         except (redis.RedisError, OSError) as error:
-            known = (remedy for name, remedy in _REMEDIES.items() if name in str(error))
+            symptom = f"{type(error).__name__} {error}"
+            known = (remedy for name, remedy in _REMEDIES.items() if name in symptom)
             raise self._error(operation, error, next(known, _OTHERWISE)) from error
 
     def _error(self, operation: str, cause: object, remedy: str) -> LedgerError:

@@ -14,7 +14,7 @@ write             one sync per transaction, whoever shares it; O(log turns) each
 read              all turns kept of the one conversation, edited and branched ones included:
                   each is checked, so that a damaged row cannot pass for one that is not there
 expire            what is forgotten; 256 conversations at a time hold the lock
-opening           ``quick_check`` reads the whole file
+opening           ``integrity_check`` reads the whole file
 ================  ==========================================================================
 """
 
@@ -203,7 +203,7 @@ class SQLiteLedger:
     def _failures(self, operation: str, file: StoreFile) -> Iterator[None]:
         try:
             yield
-        except CorruptedTurn as error:
+        except (CorruptedTurn, UnicodeDecodeError) as error:  # the latter names damaged tables
             raise self._error(operation, error, _CORRUPTED) from error
         except UnusableFile as error:
             raise self._error(operation, *error.args) from error
