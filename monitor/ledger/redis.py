@@ -130,7 +130,7 @@ class RedisLedger:
         self._expire = self._client.register_script(_EXPIRE)
         with self._failures("open"):
             for doubt in self._doubts():
-                warnings.warn(f"ledger {self._name}: {doubt}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"ledger {self._name}: {doubt}", RuntimeWarning, stacklevel=3)
 
     def read(self, conversation: str, keys: Sequence[str]) -> list[TurnRecord | None]:
         """See `Ledger.read`."""

@@ -109,7 +109,8 @@ class SQLiteLedger:
         found: dict[str, TurnRecord] = {}
         counted = expected = 0
         with self._reading, self._failures("read", self._reader):
-            for key, value in self._reader.connection().execute(_READ, (conversation,)):
+            _, rows = self._reader.execute(_READ, (conversation,))
+            for key, value in rows:
                 if key is None:
                     expected = value
                     continue
@@ -183,8 +184,7 @@ class SQLiteLedger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        connection = self._writer.connection()
-        connection.execute("BEGIN IMMEDIATE")
+        connection, _ = self._writer.execute("BEGIN IMMEDIATE")
         try:
             yield connection
             connection.execute("COMMIT")

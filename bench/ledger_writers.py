@@ -74,6 +74,12 @@ class Work:
     log: str  # one line per turn that `write` returned for: conversation, turn, whether added
     seed: int
 
+    def share_acknowledged(self) -> float:
+        with contextlib.suppress(FileNotFoundError):
+            lines = Path(self.log).read_bytes().count(b"\n")
+            return lines / (len(self.conversations) * self.turns)
+        return 0.0
+
     def acknowledged(self) -> list[tuple[int, int, bool]]:
         with contextlib.suppress(FileNotFoundError):
             lines = Path(self.log).read_text().splitlines(keepends=True)
@@ -144,13 +150,11 @@ def write_as_nobody(path: Path, answers: str) -> None:
 def shares(
     url: str, folder: Path, *, writers: int, conversations: int, turns: int, batch: int, seed: int
 ) -> list[Work]:
-    """Give each conversation to three writers, in another order each."""
+    """Give each conversation to two writers, in another order each."""
     shared: list[Work] = []
     for index in range(writers):
         mine = [
-            name
-            for name in range(conversations)
-            if (index - name) % writers in (0, writers // 2 - 1, writers // 2)
+            name for name in range(conversations) if (index - name) % writers in (0, writers // 2)
         ]
         random.Random(seed + index).shuffle(mine)
         log = str(folder / f"writer-{index}.log")
