@@ -31,7 +31,7 @@ from ledger_writers import (
 from midstream.ledger.open import open_ledger
 
 needs_redis = pytest.mark.skipif(not has_redis_server(), reason="needs redis-server")
-WRITERS, CONVERSATIONS, TURNS, BATCH = 8, 1000, 20, 25
+WRITERS, CONVERSATIONS, TURNS, BATCH = 8, 1000, 20, 50
 KILLED = 3  # the first ones: both of no conversation
 
 
@@ -95,17 +95,17 @@ def test_a_killed_redis_comes_back_with_what_it_promised(appendfsync: str, tmp_p
             server.url,
             tmp_path,
             writers=4,
-            conversations=200,
+            conversations=CONVERSATIONS,
             turns=TURNS,
             batch=5,
             seed=fresh_seed(),
         )
         processes = start(do_until_down, work)
-        wait_until(lambda: all(one.share_acknowledged() > 0.2 for one in work))
+        wait_until(lambda: any(one.share_acknowledged() > 0.1 for one in work))
         server.kill()
         for process in processes:
             process.join()
-        assert all(one.share_acknowledged() < 1 for one in work)
+        assert any(one.share_acknowledged() < 1 for one in work)
         server.start()
         if appendfsync == "always":
             check_acknowledged(server.url, work, in_flight=len(work))
@@ -113,7 +113,7 @@ def test_a_killed_redis_comes_back_with_what_it_promised(appendfsync: str, tmp_p
         else:
             with pytest.warns(RuntimeWarning, match="appendfsync is everysec"):
                 ledger = open_ledger(server.url)
-        for index in range(200):
+        for index in range(CONVERSATIONS):
             name = conversation_named(index)
             keys = [key_named(name, turn) for turn in range(1, TURNS + 1)]
             check_prefix(ledger.read(name, keys))
