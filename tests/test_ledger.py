@@ -521,6 +521,28 @@ def test_flipped_bytes_never_make_a_wrong_belief(path: Path) -> None:
     assert any("restore a backup" in outcome for outcome in found)
 
 
+@pytest.mark.parametrize(
+    ("sound", "damaged"),
+    [
+        (
+            b"CREATE TABLE turns",
+            b"CREATE TABLE \x84urns",
+        ),  # no UTF-8, and nor is SQLite's complaint
+        (b"CREATE TABLE turns", b"CREATE TABLE tunrs"),
+        (b"SQLite format 3", b"SQLite format 4"),
+        (b"midl", b"midk"),
+        (b"WITHOUT ROWID", b"             "),
+    ],
+)
+def test_damaged_headers_are_refused(path: Path, sound: bytes, damaged: bytes) -> None:
+    filled(path)
+    content = path.read_bytes()
+    assert sound in content
+    path.write_bytes(content.replace(sound, damaged))
+    with pytest.raises(LedgerError, match=f"ledger {path}: cannot open: "):
+        SQLiteLedger(path)
+
+
 @pytest.mark.parametrize("column", ["conversation", "key", "value"])
 def test_a_damaged_row_does_not_pass_for_a_missing_one(path: Path, column: str) -> None:
     """By the names alone the turn would not be found, and its risk begin anew."""

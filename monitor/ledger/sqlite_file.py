@@ -26,8 +26,8 @@ _SCHEMA = (
     "CREATE INDEX conversations_by_age ON conversations (touched)",
 )
 # Seconds, on average, between looks at a lock that another process holds. SQLite's own waiting
-# looks ever less often, each 100 ms in the end: with 8 writers and a sync of 4 ms the 99th percentile of
-# a write was 1.3 s that way, and is 0.1 to 0.2 s this way, at twice the rate or more.
+# looks ever less often, each 100 ms in the end: with 8 writers and a sync of 4 ms the 99th
+# percentile of a write was 1.3 s that way, and is 0.1 to 0.2 s this way, at twice the rate or more.
 _WAIT = 1e-3
 
 
