@@ -273,8 +273,9 @@ def test_more_conversations_expire_than_one_step_takes(ledger: Ledger) -> None:
 
 
 def test_expiry_needs_a_time(ledger: Ledger) -> None:
-    with pytest.raises(ValueError, match="before is nan"):
-        ledger.expire(float("nan"))
+    for before in ("nan", "-inf"):
+        with pytest.raises(ValueError, match=f"before is {before}, expected a Unix time"):
+            ledger.expire(float(before))
 
 
 def test_a_record_from_the_future_is_one_of_now(ledger: Ledger) -> None:
@@ -482,6 +483,19 @@ def test_a_locked_store_fails_in_time_and_recovers(path: Path) -> None:
     with pytest.raises(LedgerError, match="cannot expire: database is locked"):
         ledger.expire(0.0)
     holder.execute("ROLLBACK")
+    assert ledger.write([record(B)]) == [True]
+
+
+def test_threads_do_not_wait_behind_each_other_for_ever(path: Path) -> None:
+    ledger = SQLiteLedger(path, timeout=0.1)
+    with ledger._reading, ledger._writing:
+        for operation in (
+            lambda: ledger.read(A, []),
+            lambda: ledger.write([record(A)]),
+            lambda: ledger.expire(0.0),
+        ):
+            with pytest.raises(LedgerError, match="other threads have waited for it too long"):
+                operation()
     assert ledger.write([record(B)]) == [True]
 
 

@@ -26,8 +26,8 @@ def expiry_age(before: float) -> float:
     ValueError
         For a time that is none.
     """
-    if math.isnan(before):
-        raise ValueError("before is nan, expected a Unix time in seconds")
+    if not math.isfinite(before):
+        raise ValueError(f"before is {before}, expected a Unix time in seconds")
     return time.time() - before
 
 

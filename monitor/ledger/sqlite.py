@@ -77,9 +77,9 @@ class SQLiteLedger:
     ----------
     path : str or os.PathLike
     timeout : float
-        Seconds to wait for another process that holds the store. A call fails within twice as many
-        (behind a thread that waits already, then itself) and what the disk takes; `expire` within
-        as many per 256 conversations.
+        Seconds to wait for another process that holds the store. A call fails within three times
+        as many (two of them behind other threads that wait) and what the disk takes; `expire`
+        within as many per 256 conversations. What failed to be written in time may be, later.
 
     Raises
     ------
@@ -91,6 +91,7 @@ class SQLiteLedger:
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout}, expected seconds above 0")
         self._path = Path(os.path.abspath(path))
+        self._timeout = timeout
         self._clock = StoreClock()
         self._process = os.getpid()
         self._closed = False
@@ -108,17 +109,18 @@ class SQLiteLedger:
         wanted = set(keys)
         found: dict[str, TurnRecord] = {}
         counted = expected = 0
-        with self._reading, self._failures("read", self._reader):
+        with self._held(self._reading, "read"), self._failures("read", self._reader):
             _, rows = self._reader.execute(_READ, (conversation,))
-            for key, value in rows:
-                if key is None:
-                    expected = value
-                    continue
-                counted += 1
-                if key in wanted:
-                    found[key] = decode(conversation, key, value)
-                else:
-                    verify(conversation, key, value)
+            with contextlib.closing(rows):  # or an error's traceback would keep the log from ending
+                for key, value in rows:
+                    if key is None:
+                        expected = value
+                        continue
+                    counted += 1
+                    if key in wanted:
+                        found[key] = decode(conversation, key, value)
+                    else:
+                        verify(conversation, key, value)
             if counted != expected:
                 raise CorruptedTurn(
                     f"conversation {conversation!r} has {counted} turns, {expected} were written"
@@ -130,7 +132,7 @@ class SQLiteLedger:
         self._check_usable("write")
         job = _Job([(r.conversation, r.key, encode(r), age(r.at)) for r in records])
         self._jobs.append(job)
-        with self._writing:
+        with self._held(self._writing, "write"):
             if job.added is None and job.failure is None:
                 self._commit_jobs()
         if job.failure is not None:
@@ -144,7 +146,11 @@ class SQLiteLedger:
         oldest_age = expiry_age(before)
         turns = 0
         while True:
-            with self._writing, self._failures("expire", self._writer), self._transaction() as on:
+            with (
+                self._held(self._writing, "expire"),
+                self._failures("expire", self._writer),
+                self._transaction() as on,
+            ):
                 old = on.execute(_OLD, (self._now(on) - oldest_age,)).fetchall()
                 on.executemany("DELETE FROM conversations WHERE conversation = ?", old)
                 turns += on.executemany("DELETE FROM turns WHERE conversation = ?", old).rowcount
@@ -192,6 +198,16 @@ class SQLiteLedger:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    @contextlib.contextmanager
+    def _held(self, lock: threading.Lock, operation: str) -> Iterator[None]:
+        if not lock.acquire(timeout=2 * self._timeout):
+            remedy = _REMEDIES[sqlite3.SQLITE_BUSY]
+            raise self._error(operation, "other threads have waited for it too long", remedy)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _check_usable(self, operation: str) -> None:
         if self._closed:

@@ -91,7 +91,8 @@ class StoreFile:
 def create(path: Path) -> None:
     """Make an empty store, which appears whole or not at all, readable by this user alone.
 
-    Of several processes that do so at once one makes it; so an empty file is never a store.
+    Of several processes that do so at once one makes it; so an empty file is never a store. One
+    that is killed on the way leaves at most a sibling ``.NAME.partial-*``.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
     os.close(descriptor)
