@@ -1,8 +1,8 @@
 """A ledger in the memory of one process: for tests, and for one server that may forget on restart.
 
-A turn of six states takes about 1.7 kB, and `MemoryLedger` holds a stated number of them at most. Nothing is thrown
-away to make room: whoever floods the store would make it forget his own conversation, too. A read
-or write of one turn is one look-up; `expire` looks at every conversation.
+A turn of six states takes about 1.7 kB, and `MemoryLedger` holds a stated number of them at most.
+Nothing is thrown away to make room: whoever floods the store would make it forget his own
+conversation, too. A read or write of one turn is one look-up; `expire` looks at every conversation.
 """
 
 from __future__ import annotations
