@@ -17,7 +17,7 @@ a fail-over to a replica           takes what had not reached it: replication is
 ``noeviction``                     begins anew
 =================================  ============================================================
 
-A turn of six states takes about 0.5 kB of the server's memory, a conversation 0.3 kB. `read` and
+A turn of six states takes about 0.5 kB of the server's memory, all included. `read` and
 `write` are one round trip each and cost the turns that are asked for or given. `expire` costs what
 it forgets, in steps of 256 conversations.
 """
