@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .baseline import BagOfWords, bag_of_words
+from .conversations import (
+    Conversation,
+    ConversationLabels,
+    Turn,
+    conversation_labels,
+    conversation_rows,
+    rollout,
+    sample_conversation,
+    sample_conversations,
+    sample_user,
+)
 from .grammar import EOS_ID, STATES, VOCABULARY, describe
 from .language import (
     Dialogue,
@@ -31,6 +42,7 @@ from .language import (
     write_corpus,
 )
 from .oracle import Oracle, Reading
+from .traces import sample_trace, sample_traces, trace_rows, violating_step
 
 if TYPE_CHECKING:
     from midstream.bundle import Bundle
@@ -42,20 +54,29 @@ if TYPE_CHECKING:
 MODEL_DIR = Path(__file__).parent / "model"
 BUNDLE_DIR = Path(__file__).parent / "bundle"
 
+#: What the archive's tools do, as rules for `midstream.agents.rules.Rules.load`.
+AGENT_RULES = Path(__file__).parent / "agent_rules.yaml"
+
 __all__ = [
+    "AGENT_RULES",
     "BUNDLE_DIR",
     "EOS_ID",
     "MODEL_DIR",
     "STATES",
     "VOCABULARY",
     "BagOfWords",
+    "Conversation",
+    "ConversationLabels",
     "Dialogue",
     "Labels",
     "Oracle",
     "Prompt",
     "Reading",
+    "Turn",
     "bag_of_words",
     "build_model",
+    "conversation_labels",
+    "conversation_rows",
     "corpus_rows",
     "describe",
     "generate_responses",
@@ -64,11 +85,19 @@ __all__ = [
     "load",
     "load_bundle",
     "read_prompt",
+    "rollout",
+    "sample_conversation",
+    "sample_conversations",
     "sample_dialogue",
     "sample_dialogues",
     "sample_prompt",
+    "sample_trace",
+    "sample_traces",
+    "sample_user",
     "text_of",
+    "trace_rows",
     "violating_index",
+    "violating_step",
     "write_corpus",
 ]
 
