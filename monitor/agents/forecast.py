@@ -172,7 +172,10 @@ class AgentMonitor:
 
     def observe(self, step: Step) -> StepRisk:
         """Take in the next step; O(rules x characters), the chain costs a look-up."""
-        at = self._levels.observe(step)
+        return self.judge(self._levels.observe(step))
+
+    def judge(self, at: StepLevel) -> StepRisk:
+        """Take in the next step where its level is known already (`trace_levels`)."""
         if self._violated_by_rules and at.level is Level.VIOLATED:
             self._violated = True  # and stays so
         state = len(Level) if self._violated else int(at.level)
