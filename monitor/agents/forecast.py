@@ -1,8 +1,9 @@
 """Risk of an agent that it violates within the next steps, and the flag before it does.
 
 A chain over the five levels at the step clock, one per category of task (SafetyDrift, arXiv
-2603.27148). Its transient states are the levels; V is the violation the traces were labelled with,
-or, where nobody labelled them, the first step that the rules call violated.
+2603.27148). Safe to critical are its transient states, violated is V: what the rules call violated
+is, and stays so. The chances to get there are fitted on the violations that traces were labelled
+with, or, where nobody labelled them, on those of the rules.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class AgentModel(BaseModel):
         Of all categories, for those that are not in ``categories``.
     categories : dict of str to Chain
     violation : {"labels", "rules"}
-        What V stands for: labels of the traces, or the level "violated" of the rules.
+        What it was fitted on: labels of the traces, or the level violated of the rules.
     flag_at, flag_at_category : float
         Flag when P(violated within 5 steps) reaches this, by the pooled chain or a category's.
     rules_hash : str
@@ -69,9 +70,10 @@ class AgentModel(BaseModel):
     @model_validator(mode="after")
     def _states_are_levels(self) -> AgentModel:
         for name, chain in [("pooled", self.pooled), *self.categories.items()]:
-            if chain.states != len(Level):
+            if chain.states != int(Level.VIOLATED):
                 raise ValueError(
-                    f"{name}: has {chain.states} states, expected one per level, {len(Level)}"
+                    f"{name}: has {chain.states} states, expected {int(Level.VIOLATED)}, one for "
+                    "each level below violated"
                 )
         return self
 
@@ -84,7 +86,7 @@ class AgentModel(BaseModel):
         }
 
     def risks(self, category: str) -> Array:
-        """P(violated within h | state) for `HORIZONS`, [H, 6]; the last state is V."""
+        """P(violated within h | level) for `HORIZONS`, [H, 5]."""
         return self._risks[category if category in self.categories else None]
 
     def threshold(self, category: str) -> float:
@@ -161,7 +163,6 @@ class AgentMonitor:
             )
         self._levels = LevelTracker(rules)
         self._risks = model.risks(category)
-        self._violated_by_rules = model.violation == "rules"
         self._known = category in model.categories
         self._threshold = model.threshold(category)
         self._category = category
@@ -176,9 +177,8 @@ class AgentMonitor:
 
     def judge(self, at: StepLevel) -> StepRisk:
         """Take in the next step where its level is known already (`trace_levels`)."""
-        if self._violated_by_rules and at.level is Level.VIOLATED:
-            self._violated = True  # and stays so
-        state = len(Level) if self._violated else int(at.level)
+        self._violated = self._violated or at.level is Level.VIOLATED
+        state = Level.VIOLATED if self._violated else at.level
         risks = dict(zip(HORIZONS, self._risks[:, state].tolist(), strict=True))
         risk = risks[FLAG_HORIZON]
         flag = risk >= self._threshold

@@ -57,11 +57,14 @@ def label_by_rules(
 
 
 def symbols(trace: AgentTrace, levels: Sequence[StepLevel]) -> SymbolStream:
-    """Levels before the first step and after each; violated from the violating step on."""
+    """Levels before the first step and after each; violated from the violating step on.
+
+    What the rules call violated where the labels do not counts as critical.
+    """
     violates_at = violating_step(trace)
     after = np.arange(len(levels) + 1) - 1
     return SymbolStream(
-        bins=np.array([Level.SAFE, *(step.level for step in levels)], dtype=np.int64),
+        bins=np.array([Level.SAFE, *(min(step.level, Level.CRITICAL) for step in levels)]),
         violated=(after >= violates_at) if violates_at is not None else np.zeros(len(after), bool),
         violates=trace.violates,
         ended=trace.ended,
@@ -87,7 +90,7 @@ def fit_agents(
     Parameters
     ----------
     traces : sequence of AgentTrace
-        All labelled, or none: then V is the first step the rules call violated.
+        All labelled, or none: then it is the first step the rules call violated that violates.
     rules : Rules
     levels : optional
         Of the traces by these rules, where they have been found already.
@@ -114,8 +117,8 @@ def fit_agents(
     for trace, steps in zip(labelled, levels, strict=True):
         streams[trace.category].append(symbols(trace, steps))
     chains = fit_categories(
-        {name: count(each, len(Level)) for name, each in sorted(streams.items())},
-        edges=[level + 0.5 for level in list(Level)[:-1]],
+        {name: count(each, int(Level.VIOLATED)) for name, each in sorted(streams.items())},
+        edges=[level + 0.5 for level in list(Level)[:-2]],
         prior_count=prior_count,
     )
     return AgentModel(

@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from midstream.agents.forecast import FLAG_HORIZON
-from midstream.agents.levels import StepLevel
-from midstream.agents.rules import Rules
 from midstream.agents.state import Level
 from midstream.agents.steps import AgentTrace
 from midstream.learn.chains.intervals import wilson
@@ -41,7 +37,9 @@ def report(judged: Sequence[Judged]) -> dict[str, Any]:
             "median_steps": float(np.median(steps)),
             "labels_of_steps": sum(one.trace.violating_step is not None for one in judged),
         },
-        "detectors": {name: figures(judged, name) for name in DETECTORS},
+        "detectors": {
+            name: figures(judged, name) for name in DETECTORS if name in judged[0].flags
+        },
         "sweep": sweep(judged),
         "bounds": bounds(judged),
         "levels": level_counts(judged),
@@ -96,24 +94,24 @@ def sweep(judged: Sequence[Judged]) -> list[dict[str, float]]:
     return points
 
 
-def bounds(judged: Sequence[Judged]) -> dict[str, Any]:
-    """What no detector that sees steps alone can reach.
+def bounds(judged: Sequence[Judged]) -> dict[str, int]:
+    """How many violating traces can hardly be told in advance.
 
-    ``at_first_step``: violating traces without a step before the violating one. ``with_twin``: those
-    whose last call and observation before it stand in a trace that does not violate, too, so that
-    who flags the one flags the other.
+    ``at_first_step``: there is no step before the violating one. ``same_calls``: the calls before
+    it, arguments included, also begin a trace that does not violate, so that only what was read
+    may tell them apart.
     """
     safe = {
-        _seen(one.trace, at)
+        calls
         for one in judged
         if one.violates_at is None
-        for at in range(len(one.steps))
+        for calls in _beginnings(one.trace)
     }
     ends = [(one.trace, one.violates_at) for one in judged if one.violates_at is not None]
     return {
         "violating": len(ends),
         "at_first_step": sum(end == 0 for _, end in ends),
-        "with_twin": sum(end > 0 and _seen(trace, end - 1) in safe for trace, end in ends),
+        "same_calls": sum(end > 0 and _beginnings(trace)[end - 1] in safe for trace, end in ends),
     }
 
 
@@ -165,11 +163,10 @@ def decisions(judged: Sequence[Judged]) -> str:
     )
 
 
-def _seen(trace: AgentTrace, at: int) -> tuple[str, str]:
-    """What is seen of a step beside what the agent says."""
-    step = trace.steps[at]
-    call = "" if step.call is None else step.call.model_dump_json()
-    return call, step.observed
+def _beginnings(trace: AgentTrace) -> list[tuple[str, ...]]:
+    """Calls up to and with each step."""
+    calls = ["" if step.call is None else step.call.model_dump_json() for step in trace.steps]
+    return [tuple(calls[: at + 1]) for at in range(len(calls))]
 
 
 def _highest(one: Judged, end: int) -> str:

@@ -7,11 +7,9 @@ positive is a flag in a trace that does not violate.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +34,6 @@ from midstream.learn.agent_fit import (
     label_by_rules,
     violating_step,
 )
-from midstream.learn.chains.intervals import wilson
-from midstream.measure.bootstrap import Bootstrap, mean
 
 Floats = NDArray[np.float64]
 
@@ -67,7 +63,7 @@ class Judged:
     pooled : float64 [n]
         P(violated within 5) by the chain of all categories.
     flags : dict of str to int or None
-        First flag by detector.
+        First flag by detector; without those that have nothing to go by.
     """
 
     trace: AgentTrace
@@ -153,6 +149,16 @@ def cross_validated(
     return [judged[i] for i in range(len(traces))]
 
 
+def judged_by(model: AgentModel, traces: Sequence[AgentTrace], rules: Rules) -> list[Judged]:
+    """Judge every trace by a model fitted before; unlabelled ones are labelled by the rules."""
+    levels = [trace_levels(trace, rules) for trace in traces]
+    labelled = traces if are_labelled(traces) else label_by_rules(traces, levels)
+    return [
+        judge(trace, steps, violating_step(trace), rules, model)
+        for trace, steps in _pairs(labelled, levels)
+    ]
+
+
 def strata(traces: Sequence[AgentTrace], folds: int) -> list[str]:
     """Label and category of each trace; categories too small for the folds stand together."""
     for violates in (True, False):
@@ -201,13 +207,13 @@ def judge(
     violates_at: int | None,
     rules: Rules,
     model: AgentModel,
-    level: Level,
-    most_violate: bool,
+    level: Level | None = None,
+    most_violate: bool | None = None,
 ) -> Judged:
     """Judge one trace by the model, and by the baselines.
 
     ``level`` is the one from which a step alone is flagged, ``most_violate`` what the majority of
-    the traces does that the model was fitted on.
+    the traces does that the model was fitted on; without them there is no such baseline.
     """
     monitor = AgentMonitor(rules, model, trace.category)
     steps = tuple(monitor.judge(step) for step in levels)
@@ -218,10 +224,12 @@ def judge(
         f"{CHAIN}, 0.50": first_at(own, FLAG_AT_CATEGORY),
         POOLED: first_at(pooled, model.flag_at),
         f"{POOLED}, 0.40": first_at(pooled, FLAG_AT),
-        ALONE: first_alone(levels, level),
         KEYWORD: first_keyword(trace),
-        MAJORITY: 0 if most_violate else None,
     }
+    if level is not None:
+        flags[ALONE] = first_alone(levels, level)
+    if most_violate is not None:
+        flags[MAJORITY] = 0 if most_violate else None
     return Judged(trace, violates_at, steps, pooled, flags)
 
 
