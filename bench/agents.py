@@ -59,7 +59,9 @@ def r_judge(path: Path, seed: int) -> dict[str, Any]:
 
 
 def without_sweep(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key not in ("sweep", "compared_with_paper")}
+    return {
+        key: value for key, value in content.items() if key not in ("sweep", "compared_with_paper")
+    }
 
 
 def on_testbed(traces: int, seed: int) -> dict[str, Any]:
@@ -101,7 +103,11 @@ def brier(judged: Sequence[Judged], best: Sequence[Floats]) -> dict[str, float]:
     came = np.concatenate(truth).astype(np.float64)
     return {
         name: float(((np.concatenate(risk) - came) ** 2).mean())
-        for name, risk in (("chain_of_category", ours), ("chain_of_all", pooled), ("oracle", oracle))
+        for name, risk in (
+            ("chain_of_category", ours),
+            ("chain_of_all", pooled),
+            ("oracle", oracle),
+        )
     } | {"base_rate": float(came.mean() * (1 - came.mean())), "steps": len(came)}
 
 

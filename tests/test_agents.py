@@ -554,7 +554,7 @@ def test_a_category_has_its_own_chain_and_threshold():
 def test_a_model_is_stored_and_refuses_other_rules():
     model = rising_model(categories={"a": rising_model().pooled})
     assert AgentModel.from_json(model.to_json()) == model
-    with pytest.raises(AgentError, match="fitted with rules .* fit it again"):
+    with pytest.raises(AgentError, match=r"fitted with rules .* fit it again"):
         AgentMonitor(Rules.default(), model)
     content = json.loads(model.to_json())
     for key, value, complaint in (
@@ -565,16 +565,16 @@ def test_a_model_is_stored_and_refuses_other_rules():
     ):
         with pytest.raises(AgentError, match=f"mine.json: .*{complaint}"):
             AgentModel.from_json(json.dumps({**content, key: value}), "mine.json")
-    with pytest.raises(AgentError, match=r"a: has 1 states, expected 4"):
-        small = {
-            "transition": [[0.5, 0.5], [0, 1]],
-            "ending": [0, 0],
-            "emission": [[1], [1]],
-            "edges": [],
-            "prior": [1, 0],
-            "prompt_emission": [[1], [1]],
-            "prompt_edges": [],
-        }
+    small = {
+        "transition": [[0.5, 0.5], [0, 1]],
+        "ending": [0, 0],
+        "emission": [[1], [1]],
+        "edges": [],
+        "prior": [1, 0],
+        "prompt_emission": [[1], [1]],
+        "prompt_edges": [],
+    }
+    with pytest.raises(AgentError, match="a: has 1 states, expected 4"):
         AgentModel.from_json(json.dumps({**content, "categories": {"a": small}}))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -77,17 +76,14 @@ class AgentModel(BaseModel):
                 )
         return self
 
-    @cached_property
-    def _risks(self) -> dict[str | None, Array]:
-        chains: dict[str | None, Chain] = {None: self.pooled, **self.categories}
-        return {
-            name: np.stack([chain.horizon(steps) for steps in HORIZONS])
-            for name, chain in chains.items()
-        }
+    def chain(self, category: str) -> Chain:
+        """Chain of a category; the pooled one for a category it does not know."""
+        return self.categories.get(category, self.pooled)
 
     def risks(self, category: str) -> Array:
         """P(violated within h | level) for `HORIZONS`, [H, 5]."""
-        return self._risks[category if category in self.categories else None]
+        chain = self.chain(category)
+        return np.stack([chain.horizon(steps) for steps in HORIZONS])
 
     def threshold(self, category: str) -> float:
         """Risk at which a trace of this category is flagged."""

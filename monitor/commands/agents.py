@@ -53,6 +53,7 @@ def check(
     from midstream.agents.forecast import AgentModel
     from midstream.agents.readers import read_traces
     from midstream.agents.rules import Rules
+    from midstream.learn.agent_fit import fit_agents
     from midstream.measure import agents
     from midstream.measure.agent_report import report
     from midstream.measure.report import to_json
@@ -65,7 +66,7 @@ def check(
         raise typer.BadParameter(f"{data} has no trace {', '.join(sorted(missing))}")
     if model is None:
         judged = agents.cross_validated(read.traces, known, folds=folds, seed=seed)
-        fitted = agents.fit_agents(read.traces, known)
+        fitted = fit_agents(read.traces, known)
     else:
         fitted = AgentModel.from_json(model.read_text(encoding="utf-8"), str(model))
         judged = agents.judged_by(fitted, read.traces, known)

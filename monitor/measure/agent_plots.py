@@ -106,9 +106,7 @@ def levels(figure: Any, judged: Sequence[Judged]) -> None:
 
 def horizons(figure: Any, model: AgentModel, judged: Sequence[Judged]) -> None:
     """P(violated within h | level) over h: by the chain of all and by the largest categories'."""
-    sizes = {
-        name: sum(one.trace.category == name for one in judged) for name in model.categories
-    }
+    sizes = {name: sum(one.trace.category == name for one in judged) for name in model.categories}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:5] if len(sizes) > 1 else []
     chains = {
         "all categories": model.pooled,
@@ -166,7 +164,7 @@ def leads(figure: Any, judged: Sequence[Judged]) -> None:
     """Histogram of the steps between first flag and violating step."""
     axes = figure.subplots()
     gaps = [
-        (one.violates_at - one.flags[CHAIN]) if one.flags[CHAIN] is not None else None
+        None if (flag := one.flags[CHAIN]) is None else one.violates_at - flag
         for one in judged
         if one.violates_at is not None
     ]

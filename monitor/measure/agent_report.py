@@ -37,9 +37,7 @@ def report(judged: Sequence[Judged]) -> dict[str, Any]:
             "median_steps": float(np.median(steps)),
             "labels_of_steps": sum(one.trace.violating_step is not None for one in judged),
         },
-        "detectors": {
-            name: figures(judged, name) for name in DETECTORS if name in judged[0].flags
-        },
+        "detectors": {name: figures(judged, name) for name in DETECTORS if name in judged[0].flags},
         "sweep": sweep(judged),
         "bounds": bounds(judged),
         "levels": level_counts(judged),
@@ -60,9 +58,7 @@ def figures(judged: Sequence[Judged], detector: str) -> dict[str, Any]:
 
 def flag_figures(flags: Sequence[int | None], ends: Sequence[int | None]) -> dict[str, Any]:
     """Figures of first flags, given where each trace violates."""
-    pairs = [
-        (np.inf if flag is None else flag, end) for flag, end in zip(flags, ends, strict=True)
-    ]
+    pairs = [(np.inf if flag is None else flag, end) for flag, end in zip(flags, ends, strict=True)]
     violating = [(flag, end) for flag, end in pairs if end is not None]
     early = [flag < end for flag, end in violating]
     leads = np.array([end - flag for flag, end in violating if flag < end], dtype=np.float64)
@@ -101,12 +97,7 @@ def bounds(judged: Sequence[Judged]) -> dict[str, int]:
     it, arguments included, also begin a trace that does not violate, so that only what was read
     may tell them apart.
     """
-    safe = {
-        calls
-        for one in judged
-        if one.violates_at is None
-        for calls in _beginnings(one.trace)
-    }
+    safe = {calls for one in judged if one.violates_at is None for calls in _beginnings(one.trace)}
     ends = [(one.trace, one.violates_at) for one in judged if one.violates_at is not None]
     return {
         "violating": len(ends),

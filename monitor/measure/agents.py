@@ -161,10 +161,10 @@ def judged_by(model: AgentModel, traces: Sequence[AgentTrace], rules: Rules) -> 
 
 def strata(traces: Sequence[AgentTrace], folds: int) -> list[str]:
     """Label and category of each trace; categories too small for the folds stand together."""
-    for violates in (True, False):
-        count = sum(trace.violates is violates for trace in traces)
+    for known in (True, False):
+        count = sum(trace.violates is known for trace in traces)
         if count < folds:
-            kind = "violate" if violates else "do not violate"
+            kind = "violate" if known else "do not violate"
             raise AgentError(
                 f"{count} traces {kind}, {folds} folds need {folds}: give more traces, fewer "
                 "folds, or a model fitted before"
