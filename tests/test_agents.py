@@ -247,11 +247,18 @@ def test_arguments_of_any_depth_are_read():
     assert Rules.default().read(step)[0].exposure is Exposure.CREDENTIALS
 
 
-def test_an_explanation_does_not_spread_the_secret():
-    step = Step(call=ToolCall(tool="x"), observed="password: glasskey-under-the-third-jar")
-    _, reasons = Rules.default().read(step)
-    assert any(reason.rule == "secret with its value" for reason in reasons)
-    assert not any("lasskey" in str(reason) for reason in reasons)
+@pytest.mark.parametrize(
+    ("observed", "rule", "hidden"),
+    [
+        ("password: glasskey-under-the-third-jar", "secret with its value", "lasskey"),
+        ("ghp_glassglassglassglassglass", "token by its form", "glassglass"),
+        ("marked 123-45-6789", "a value about a person", "5-6"),
+    ],
+)
+def test_an_explanation_does_not_spread_the_secret(observed, rule, hidden):
+    _, reasons = Rules.default().read(Step(call=ToolCall(tool="x"), observed=observed))
+    assert any(reason.rule == rule for reason in reasons)
+    assert not any(hidden in str(reason) for reason in reasons)
 
 
 @pytest.mark.parametrize(
