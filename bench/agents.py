@@ -4,8 +4,9 @@
 
 R-Judge: chains and thresholds come from the other folds. The rules were written while looking at
 one half of the traces (even first byte of the id's SHA-256); the figures by name are those of the
-other half. Its halves share attacks and tools that were combined by template, and its folds, too,
-so neither is as strange to the rules as another set would be.
+other half, of which only the beginnings of some actions were seen, when the parser was checked. The
+halves share attacks and tools that were combined by template, and so do the folds, so neither is as
+strange to rules and chain as another set would be.
 
 Testbed: the rules are the archive's own, every step's label is known, and the Bayes oracle says
 what can be reached. Its threshold is chosen on other traces, as the chain's are.

@@ -81,8 +81,8 @@ def levels(figure: Any, judged: Sequence[Judged]) -> None:
             path = [step.level for step in one.steps][:width]
             grid[row, : len(path)] = path
             for at, marker, colour in (
-                (one.violates_at, "x", "black"),
                 (one.flags[CHAIN], "o", _BLUE),
+                (one.violates_at, "x", "black"),
             ):
                 if at is not None and at < width:
                     axes.plot(at + 0.5, row + 0.5, marker, color=colour, markersize=3)
@@ -150,7 +150,8 @@ def sweep(figure: Any, report: Mapping[str, Any]) -> None:
             [x["value"]], [y["value"]],
             xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
             yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
-            marker=marker, linewidth=0, elinewidth=0.8, label=name,
+            marker=marker, linewidth=0, elinewidth=0.8,
+            label=f"{name}, threshold chosen" if name == CHAIN else name,
         )  # fmt: skip
     axes.set(
         xlim=(-0.02, 1.02), ylim=(-0.02, 1.02),
