@@ -316,7 +316,14 @@ def test_actions_in_many_shapes(text, tool, arguments):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Final Answer: {'jar': 1} is open.", "The jar is open.", "I can't open the jar."]
+    "text",
+    [
+        "",
+        "Final Answer: {'jar': 1} is open.",
+        "The jar is open.",
+        "I can't open the jar.",
+        "Open jars I found:\n1. blue\n2. green",
+    ],
 )
 def test_what_is_only_said_is_no_call(text):
     assert parse_action(text) == (None, "text")

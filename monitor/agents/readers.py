@@ -31,7 +31,9 @@ _NAMED = re.compile(
 _INPUT = re.compile(rf"(?:Action:\s{{0,8}})?{_NAME}\s{{1,8}}Action Input:\s{{0,8}}")
 _CALL = re.compile(rf"{_NAME}\(")  # Name(key=value, ...)
 _BLOCK = re.compile(r"```(?:bash|sh|shell|console|python)\b")
-_VERB = re.compile(r"(open|click|tap|press|type|scroll|select|choose|search|swipe)\b", re.I)
+_VERB = re.compile(
+    r"(open|click|tap|press|type|scroll|select|choose|search|swipe)\b([^\n]{0,200})", re.I
+)
 _TOOL_KEYS = ("name", "tool", "tool_name", "action", "action_type")
 _ARGUMENT_KEYS = ("args", "arguments", "parameters", "action_input", "input")
 _JSON = json.JSONDecoder(strict=False)  # line breaks within strings are common
@@ -184,8 +186,8 @@ def parse_action(text: str) -> tuple[ToolCall | None, Shape]:
         return ToolCall(tool="shell", arguments={"command": command}), "call"
     if found := _CALL.match(text):
         return _python_call(found.group(1), text)
-    if found := _VERB.match(text):
-        target = text[found.end() :].strip()
+    if found := _VERB.fullmatch(text):
+        target = found.group(2).strip()
         return ToolCall(tool=found.group(1).lower(), arguments={"target": target}), "call"
     if call := _object_with_name(text):
         return call, "call"
