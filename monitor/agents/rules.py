@@ -36,8 +36,9 @@ CATEGORIES: Mapping[Category, tuple[Escalation, Reversibility]] = {
 """What a call of each category does (SafetyDrift)."""
 
 _SHOWN = 60  # characters of a match that an explanation quotes
-_SHOWN_OF_SECRETS = 12  # an explanation is logged and must not spread what it found
+_SHOWN_OF_SECRETS = 8  # an explanation is logged and must not spread what it found
 _NAME_LIMIT = 256  # characters of a tool's name that are read
+_DIGIT = re.compile(r"\d")
 _WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[^\W\d_A-Z]+|[A-Z]+|\d+")
 
 _Value = TypeVar("_Value", bound=Named)
@@ -125,7 +126,7 @@ class Reason:
     where : str
         Place of the match; empty where nothing had to match.
     matched : str
-        What matched, cut short; the first characters alone where it may be a secret.
+        What matched, cut short, its digits hidden; of a secret its first characters alone.
     """
 
     rule: str
@@ -319,4 +320,6 @@ def _lines(arguments: Mapping[str, Any], limit: int) -> str:
 
 
 def _quote(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    """Cut a match short and hide its digits, which may be a card's or an account's."""
+    shown = _DIGIT.sub("#", text[:limit])
+    return shown if len(text) <= limit else f"{shown}…"
