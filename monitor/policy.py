@@ -355,6 +355,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key given twice, of which YAML would quietly take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct it, after a look at its keys."""
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:

@@ -1,9 +1,9 @@
 """A deterministic gate for tool calls, before they run: scope, veto, consensus.
 
-Three stages in the manner of ILION's cascade; the first decisive one wins. *Scope*: tool, places and
-arguments are inside what the role may do. *Veto*: rules that decide alone. *Consensus*: weak signals
-add up; what is borderline passes only if voters (a forecast, an encoder) agree to it. No clock, no
-chance: the same call after the same events gets the same verdict, and every verdict says why.
+Three stages in the manner of ILION's cascade; the first decisive one wins. *Scope*: the tool, its
+arguments and places are what the role may use. *Veto*: rules that decide alone. *Consensus*: weak
+signals add up; what is borderline passes only if voters (a forecast, an encoder) agree to it. No
+clock, no chance: after the same events the same call gets the same verdict, and each says why.
 """
 
 from __future__ import annotations
@@ -137,14 +137,9 @@ class ActionGate:
         """Scope, effects and name in words of a tool."""
         scope = scope_of(self.rules.roles[role], tool)
         parts = words_of_name(tool)
-        if scope is not None and scope.effects is not None:
-            effects: frozenset[str] = frozenset(scope.effects)
-        else:
-            named = self.rules.effects.items()
-            effects = frozenset(
-                effect for effect, names in named if not set(names).isdisjoint(parts)
-            )
-        return scope, effects or frozenset({"unknown"}), " ".join(parts)
+        stated = None if scope is None else scope.effects
+        effects = self.rules.effects_of(parts) if stated is None else frozenset(stated)
+        return scope, effects, " ".join(parts)
 
 
 class GateSession:
@@ -200,7 +195,7 @@ class GateSession:
         hosts: list[str] = []
         recipients: list[str] = []
         if "@" in text.text or "://" in text.text:
-            hosts, recipients = addresses(said)
+            hosts, recipients = addresses(distinct)
         finding = self._outside(call, scope, text.leaves, hosts, recipients)
         if finding is not None:
             return Decision(

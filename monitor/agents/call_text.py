@@ -79,14 +79,15 @@ def words(folded: str) -> list[str]:
         found[-1] = found[-1].rstrip(".:") or found[-1]
     if "/" not in text:
         return found
-    split = []
-    for word in found:
-        split.append(word)
-        if "/" in word and "://" not in word:
-            last = word.rpartition("/")[2]
-            if last:
-                split.append(last)
-    return split
+    split: list[str] = []
+    done = 0
+    for i in [i for i, word in enumerate(found) if "/" in word]:
+        split += found[done : i + 1]
+        done = i + 1
+        last = found[i].rpartition("/")[2]
+        if last and "://" not in found[i]:
+            split.append(last)
+    return split + found[done:]
 
 
 def _spaced(text: str) -> str:
@@ -141,7 +142,7 @@ def read_arguments(arguments: object, characters: int, depth: int, values: int) 
             if count > values:
                 raise FormError(f"arguments: more than {values} values")
             if isinstance(value, Mapping):
-                for key, item in reversed(value.items()):
+                for key, item in reversed(list(value.items())):
                     if not isinstance(key, str):
                         raise FormError(
                             f"arguments: a key is {type(key).__name__}, expected a string"
@@ -249,15 +250,15 @@ def _match(text: Sequence[str], first: str, rest: Sequence[_Element]) -> str | N
             return " ".join(text[at : min(ends) + 1])
 
 
-def addresses(found: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Hosts of URLs and e-mail addresses among words."""
-    hosts, recipients = [], []
-    for word in found:
+def addresses(distinct: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Hosts of URLs and e-mail addresses among words, each sorted."""
+    hosts, recipients = set(), set()
+    for word in [word for word in distinct if "@" in word or "://" in word]:
         if "://" in word:
-            hosts.append(host_of(word))
+            hosts.add(host_of(word))
         elif "@" in word[1:-1]:
-            recipients.append(word.removeprefix("mailto:"))
-    return hosts, recipients
+            recipients.add(word.removeprefix("mailto:"))
+    return sorted(hosts), sorted(recipients)
 
 
 def host_of(url: str) -> str:

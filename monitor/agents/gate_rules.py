@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -245,6 +246,8 @@ class GateRules(_Strict):
     roles : mapping of name to Role
     effects : mapping of effect to list of words
         A tool whose name holds one of the words has the effect.
+    nouns : mapping of effect to list of words
+        The same, for names that hold none of those.
     signals : mapping of name to Signal
     vetoes : list of Veto
         In this order; the first that holds decides.
@@ -255,6 +258,7 @@ class GateRules(_Strict):
     limits: Limits = Limits()
     roles: Annotated[dict[str, Role], Field(min_length=1)]
     effects: dict[Effect, Names]
+    nouns: dict[Effect, Names] = {}
     signals: dict[str, Signal] = {}
     vetoes: tuple[Veto, ...] = ()
     consensus: Consensus
@@ -299,6 +303,14 @@ class GateRules(_Strict):
                 f"{key}: no signal or effect {', '.join(map(repr, unknown))}; "
                 f"there are {', '.join(sorted(known))}"
             )
+
+    def effects_of(self, name: Iterable[str]) -> frozenset[str]:
+        """Effects of a tool, from the words of its name."""
+        for table in (self.effects, self.nouns):
+            found = [effect for effect, listed in table.items() if not set(listed).isdisjoint(name)]
+            if found:
+                return frozenset(found)
+        return frozenset({"unknown"})
 
     def phrases(self, of: Literal["call", "observation"]) -> Phrases:
         """Return the phrases of all signals of one kind, ready to be looked for."""

@@ -1,4 +1,4 @@
-"""The first stage of the gate: is this tool, with these arguments, inside what the role may do?"""
+"""The first stage of the gate: whether a tool and its arguments are what the role may use."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def outside_arguments(scope: ToolScope, arguments: Mapping[str, Any]) -> Finding
 def _fault(limit: ArgumentLimit, value: Any) -> tuple[str, str] | None:
     kind = json_type(value)
     shown = repr(value)[:80] if not isinstance(value, Mapping | list | tuple) else kind
-    if limit.type is not None and kind != limit.type:
-        if not (limit.type == "number" and kind == "integer"):
-            return f"{shown} is of type {kind}", f"give a value of type {limit.type}"
+    if limit.type not in (None, kind, "number" if kind == "integer" else kind):
+        return f"{shown} is of type {kind}", f"give a value of type {limit.type}"
     if limit.one_of is not None and not any(
         value == allowed and json_type(allowed) == kind for allowed in limit.one_of
     ):
@@ -68,9 +67,9 @@ def _fault(limit: ArgumentLimit, value: Any) -> tuple[str, str] | None:
             return f"{shown} is above the maximum", f"at most {limit.maximum:g}"
     elif limit.minimum is not None or limit.maximum is not None:
         return f"{shown} is of type {kind}", "give a number"
-    if limit.max_length is not None and kind in ("string", "array", "object"):
-        if len(value) > limit.max_length:
-            return f"it has {len(value)} characters or items", f"at most {limit.max_length}"
+    sized = kind in ("string", "array", "object")
+    if sized and limit.max_length is not None and len(value) > limit.max_length:
+        return f"it has {len(value)} characters or items", f"at most {limit.max_length}"
     if limit.like is not None and not (
         isinstance(value, str) and any(fnmatchcase(value, pattern) for pattern in limit.like)
     ):

@@ -13,16 +13,20 @@ from midstream.agents.call_text import Phrases, fold, words
 # Ends of fields and lines, in JSON and in Python's way of writing it.
 _FIELDS = re.compile(r"""["']\s{0,4}[,:}\]]|[{\[,:]\s{0,4}["']|\\n|\n""")
 _PROSE_WORDS = 5  # a field with fewer is a value
-_NAME_LENGTH = 5  # of a word that can be a name: amy@x.io, guest_7, /srv/a
-_NAME_MARKS = re.compile(r"[0-9@._/\-]")
+_NAME_LENGTH = 5
+_MARK = re.compile(r"[0-9@./#]")
+_NUMBER = re.compile(r"\+?[0-9]{7,24}")
+_LETTER = re.compile(r"[^\W\d_]")
 _CONTENT_LENGTH = 4  # shorter words say little
 _COMMON = frozenset(
-    "about account action after again also amount been before call can content could data date does "
-    "dear details email file files find first from have here hello important information into just "
-    "keyword keywords last like list make message more name need note only other please query "
-    "read recent result results search send some subject that their them then there these they "
-    "this time title true type user using view want were what when which will with would your "
-    "body false null text value".split()
+    """
+    about account action after again also amount been before call content could data date dear
+    details does email false file files find first from have here hello important information into
+    just keyword keywords last like list make message more name need note null only other please
+    query read recent result results search send some subject text that their them then there these
+    they this time title true type user using value view want were what when which will with would
+    your
+    """.split()  # noqa: SIM905
 )
 
 
@@ -84,10 +88,18 @@ class Origins:
             if len(found) < _PROSE_WORDS:
                 continue
             unknown = distinct - self.trusted
-            self.copied.update(
-                word for word in unknown if len(word) >= _NAME_LENGTH and _NAME_MARKS.search(word)
-            )
+            self.copied.update(word for word in unknown if _is_name(word))
             if not self._requests.isdisjoint(raised):
                 self.requested.update(
                     word for word in unknown - _COMMON if len(word) >= _CONTENT_LENGTH
                 )
+
+
+def _is_name(word: str) -> bool:
+    """Whether it can be a name, an address or a path: amy@x.io, guest7, /srv/a, +4930123456.
+
+    A year, a date or an amount is none.
+    """
+    if len(word) < _NAME_LENGTH or not _MARK.search(word):
+        return False
+    return bool(_LETTER.search(word) or _NUMBER.fullmatch(word))

@@ -1,4 +1,4 @@
-"""Who is asked when rules alone do not decide: a forecast of the agent's risk, a sentence encoder."""
+"""Who is asked when rules alone do not decide: a forecast of the risk, a sentence encoder."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ class ForecastVoter:
 class EncoderVoter:
     """Compares a call with task and role in a sentence encoder's space.
 
-    With e the unit embedding, a the action, t the task and r the role (the task where it is empty),
-    ``irs = cos(r, a)`` and ``svrf = (cos(r, t) + cos(t, a)) / 2``: ILION's quantities, with the role
-    in words in place of its identity vector (methods.md section 9).
+    Of the action a, the task t and the role r (the task where it is empty), ``irs = cos(r, a)`` and
+    ``svrf = (cos(r, t) + cos(t, a)) / 2``: ILION's quantities, with the role in words in place of
+    its identity vector (methods.md section 9).
 
     Parameters
     ----------
