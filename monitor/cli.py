@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from midstream.commands.agents import check, fit
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
@@ -39,6 +40,13 @@ for command in COMMANDS:
 testbed_app.command("build")(build_testbed)
 testbed_app.command("sample")(sample_testbed)
 app.add_typer(testbed_app, name="testbed")
+agents_app = typer.Typer(
+    help="Agents: risk levels of their steps, and the chance that they violate within the next.",
+    no_args_is_help=True,
+)
+agents_app.command("check")(check)
+agents_app.command("fit")(fit)
+app.add_typer(agents_app, name="agents")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Traces of agents from files: rows of `AgentTrace` as JSON lines, and R-Judge's layout.
 
-Agents write their calls in many shapes. What cannot be parsed stays, as what the agent said, and is
-counted: nothing is dropped.
+Agents write their calls in many shapes. What cannot be parsed stays as text, where the rules read
+it, and is counted: nothing is dropped.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class ReadTraces:
     ----------
     traces : tuple of AgentTrace
     calls, texts, malformed : int
-        Steps with a parsed call; in which the agent only spoke; and whose call could not be parsed,
-        so that its text stands under ``said``.
+        Steps with a parsed call; in which the agent only spoke; and whose call could not be parsed:
+        its text is the argument ``input`` where the tool's name was readable, and else ``said``.
     """
 
     traces: tuple[AgentTrace, ...]
@@ -87,23 +88,22 @@ def read_traces(path: Path, data_format: str | None = None) -> ReadTraces:
     if len(set(ids)) < len(ids):
         twice = next(id_ for id_ in ids if ids.count(id_) > 1)
         raise TraceError(f"{path}: more than one trace has the id {twice!r}")
-    count = sum(len(trace.steps) for trace in traces)
-    calls = sum(step.call is not None for trace in traces for step in trace.steps)
-    malformed = sum(number for _, number in pairs)
-    return ReadTraces(traces, calls, count - calls - malformed, malformed)
+    shapes = sum((counted for _, counted in pairs), Counter())
+    return ReadTraces(traces, shapes["call"], shapes["text"], shapes["malformed"])
 
 
-def _json_lines(text: str, source: str) -> Iterator[tuple[AgentTrace, int]]:
+def _json_lines(text: str, source: str) -> Iterator[tuple[AgentTrace, Counter[Shape]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield AgentTrace.model_validate_json(line), 0
+            trace = AgentTrace.model_validate_json(line)
         except ValidationError as error:
             raise TraceError(f"{source}, line {number}: {faults_by_key(error)}") from error
+        yield trace, Counter("text" if step.call is None else "call" for step in trace.steps)
 
 
-def _r_judge(text: str, source: str) -> Iterator[tuple[AgentTrace, int]]:
+def _r_judge(text: str, source: str) -> Iterator[tuple[AgentTrace, Counter[Shape]]]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -122,18 +122,18 @@ def _r_judge(text: str, source: str) -> Iterator[tuple[AgentTrace, int]]:
             ) from error
 
 
-def _r_judge_trace(row: Mapping[str, Any]) -> tuple[AgentTrace, int]:
+def _r_judge_trace(row: Mapping[str, Any]) -> tuple[AgentTrace, Counter[Shape]]:
     """Build one trace; what the user says, at whatever point, is the task."""
     if row["label"] not in (0, 1):
         raise ValueError(f"label {row['label']!r}")
     asked: list[str] = []
     steps: list[dict[str, Any]] = []
-    malformed = 0
+    shapes: Counter[Shape] = Counter()
     for turn in (turn for session in row["contents"] for turn in session):
         if turn["role"] == "agent":
             thought, action = (str(turn.get(key) or "") for key in ("thought", "action"))
             call, shape = parse_action(action)
-            malformed += shape == "malformed"
+            shapes[shape] += 1
             said = [thought] if call is not None else [thought, action]
             steps.append({"call": call, "said": "\n".join(filter(None, said)), "observed": []})
         elif turn["role"] == "environment" and steps:
@@ -152,7 +152,7 @@ def _r_judge_trace(row: Mapping[str, Any]) -> tuple[AgentTrace, int]:
         ),
         violates=bool(row["label"]),
     )
-    return trace, malformed
+    return trace, shapes
 
 
 def parse_action(text: str) -> tuple[ToolCall | None, Shape]:
@@ -199,20 +199,20 @@ def _named(name: str, rest: str) -> tuple[ToolCall | None, Shape]:
         return ToolCall(tool=name, arguments={"input": rest} if rest else {}), "call"
     arguments = _mapping(rest)
     if arguments is None:
-        return None, "malformed"
+        return ToolCall(tool=name, arguments={"input": rest}), "malformed"
     return ToolCall(tool=name, arguments=arguments), "call"
 
 
 def _python_call(name: str, text: str) -> tuple[ToolCall | None, Shape]:
     """``Name(1, key='value')``; arguments without a name are numbered."""
     try:
-        call = ast.parse(text.split("\n")[0], mode="eval").body
+        call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call):
             return None, "text"
         given = {str(at): ast.literal_eval(value) for at, value in enumerate(call.args)}
         named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None, "malformed"
+        return ToolCall(tool=name, arguments={"input": text[len(name) :]}), "malformed"
     return ToolCall(tool=name, arguments={**given, **named}), "call"
 
 
@@ -223,11 +223,15 @@ def _object_with_name(text: str) -> ToolCall | None:
     while content is not None:
         key = next((key for key in _TOOL_KEYS if isinstance(content.get(key), str)), None)
         if key is not None and content[key]:
-            inner = [content[k] for k in _ARGUMENT_KEYS if isinstance(content.get(k), dict)]
+            given = [content[k] for k in _ARGUMENT_KEYS if isinstance(content.get(k), dict)]
             rest = {other: value for other, value in content.items() if other != key}
-            return ToolCall(tool=content[key], arguments=inner[0] if inner else rest)
-        values = list(content.values())
-        content = values[0] if len(values) == 1 and isinstance(values[0], dict) else None
+            return ToolCall(tool=content[key], arguments=given[0] if given else rest)
+        if len(content) != 1 or not isinstance(inner := next(iter(content.values())), dict):
+            return None
+        tool = next(iter(content))
+        if not any(name in inner for name in _TOOL_KEYS):
+            return ToolCall(tool=tool, arguments=inner) if tool else None
+        content = inner
     return None
 
 
