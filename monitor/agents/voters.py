@@ -11,13 +11,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from midstream.agents.forecast import FLAG_AT, FLAG_HORIZON, AgentModel, AgentMonitor
+from midstream.agents.rules import Rules
 from midstream.agents.steps import Step, ToolCall
 
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts to embeddings [n, d]."""
-
-FORECAST_THRESHOLD = 0.40
-"""SafetyDrift (arXiv 2603.27148) flags from this probability of violation within 5 steps on."""
 
 _LONGEST_TEXT = 2000  # characters an encoder is shown: more than its 256 tokens
 
@@ -85,7 +84,7 @@ class ForecastVoter:
     def __init__(
         self,
         forecast: Callable[[Sequence[Step]], float],
-        threshold: float = FORECAST_THRESHOLD,
+        threshold: float = FLAG_AT,
     ) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold: expected above 0 and at most 1, got {threshold}")
@@ -101,6 +100,25 @@ class ForecastVoter:
         else:
             stance = Stance.FOR if risk < self._threshold / 2 else Stance.ABSTAINS
         return Vote(self.name, stance, f"violation ahead with probability {risk:.2f}")
+
+
+def chain_forecast(
+    rules: Rules, model: AgentModel, category: str = ""
+) -> Callable[[Sequence[Step]], float]:
+    """P(violated within 5 steps) by SafetyDrift's chain, for `ForecastVoter`.
+
+    The call in question has no observation yet, so its level is that of its tool and arguments.
+    Reads all steps again at each call, O(characters of the trace): a function of its input alone.
+    """
+
+    def forecast(steps: Sequence[Step]) -> float:
+        monitor = AgentMonitor(rules, model, category)
+        risk = 0.0
+        for step in steps:
+            risk = monitor.observe(step).risks[FLAG_HORIZON]
+        return risk
+
+    return forecast
 
 
 class EncoderVoter:
