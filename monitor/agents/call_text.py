@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 GAP = 3
@@ -23,7 +22,8 @@ _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _MOST_NAME = 256  # characters of a tool's name
 _AUTHORITY = re.compile(r"[a-z0-9.\-]{1,253}(?::[0-9]{1,5})?")
 
-_FEWEST_DIGITS = 13  # of a card number
+_FEWEST_DIGITS, _MOST_DIGITS = 13, 19  # of a card number, ISO/IEC 7812-1
+_MOST_BITS = 4096  # of a whole number
 
 # (a literal without which there is none, what it looks like). Lower case, as folded text is.
 _SECRETS = (
@@ -35,7 +35,7 @@ _SECRETS = (
     ("sk-", re.compile(r"\bsk-[0-9a-z_-]{20}")),
     ("eyj", re.compile(r"\beyj[0-9a-z_-]{10,512}\.eyj")),
 )
-_CARD = re.compile(r"[0-9]{4}(?:[ -]?[0-9]{4}){2}[ -]?[0-9]{1,7}(?![0-9])")
+_DIGITS = re.compile(r"[0-9 -]{13,}+")  # possessive: at most 12 characters are read again
 
 
 class FormError(ValueError):
@@ -104,7 +104,7 @@ def words_of_name(tool: str) -> tuple[str, ...]:
 
 
 def read_arguments(arguments: object, characters: int, depth: int, values: int) -> CallText:
-    """Read arguments within limits, without recursion.
+    """Read arguments within limits.
 
     Raises
     ------
@@ -114,61 +114,69 @@ def read_arguments(arguments: object, characters: int, depth: int, values: int) 
     """
     if not isinstance(arguments, Mapping):
         raise FormError(f"arguments: expected an object, got {type(arguments).__name__}")
-    leaves: list[str] = []
-    lines: list[str] = []
-    size = count = 0
-    waiting: list[tuple[object, int]] = [(arguments, 1)]
-    while waiting:
-        value, level = waiting.pop()
-        if isinstance(value, str):
-            leaves.append(value)
-            lines.append(value)
-            size += len(value)
-        elif value is None or isinstance(value, bool):
-            lines.append("null" if value is None else "true" if value else "false")
-        elif isinstance(value, int):
-            if value.bit_length() > 4096:
-                raise FormError("arguments: a number of more than 4096 bits")
-            lines.append(str(value))
-            size += len(lines[-1])
-        elif isinstance(value, float):
-            if not math.isfinite(value):
-                raise FormError(f"arguments: {value} is not JSON")
-            lines.append(repr(value))
-        elif isinstance(value, Mapping | list | tuple):
-            if level > depth:
-                raise FormError(f"arguments: nested more than {depth} deep")
-            count += len(value)
-            if count > values:
-                raise FormError(f"arguments: more than {values} values")
-            if isinstance(value, Mapping):
-                for key, item in reversed(list(value.items())):
-                    if not isinstance(key, str):
-                        raise FormError(
-                            f"arguments: a key is {type(key).__name__}, expected a string"
-                        )
-                    waiting.append((item, level + 1))
-                    waiting.append((_Key(key), level))
-            else:
-                waiting.extend((item, level + 1) for item in reversed(value))
-        elif isinstance(value, _Key):
-            lines.append(value.name)
-            size += len(value.name)
-        else:
-            raise FormError(f"arguments: {type(value).__name__} is not JSON")
-        if size > characters:
-            raise FormError(f"arguments: more than {characters} characters")
-    text = "\n".join(lines)
+    reader = _Reader(characters, depth, values)
+    reader.read_items(arguments, 1)
+    text = "\n".join(reader.lines)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise FormError("arguments: a lone surrogate, which is no character") from error
-    return CallText(leaves, fold(text))
+    return CallText(reader.leaves, fold(text))
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    name: str
+class _Reader:
+    """Keys and values of JSON in their order. It recurses no deeper than its limit."""
+
+    def __init__(self, characters: int, depth: int, values: int) -> None:
+        self._characters, self._depth, self._values = characters, depth, values
+        self._size = self._count = 0
+        self.leaves: list[str] = []
+        self.lines: list[str] = []
+
+    def read_items(self, value: Mapping[Any, Any], level: int) -> None:
+        self._count_values(value, level)
+        for key, item in value.items():
+            if type(key) is not str:
+                raise FormError(f"arguments: a key is {type(key).__name__}, expected a string")
+            self._add(key)
+            self._read(item, level)
+
+    def _read(self, value: object, level: int) -> None:
+        kind = type(value)  # exact types first: they are what JSON gives, and fast to tell
+        if kind is str or isinstance(value, str):
+            self.leaves.append(str(value))
+            self._add(str(value))
+        elif value is None or kind is bool:
+            self.lines.append("null" if value is None else "true" if value else "false")
+        elif isinstance(value, int):
+            if value.bit_length() > _MOST_BITS:
+                raise FormError(f"arguments: a number of more than {_MOST_BITS} bits")
+            self._add(str(value))
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise FormError(f"arguments: {value} is not JSON")
+            self._add(repr(value))
+        elif kind is dict or isinstance(value, Mapping):
+            self.read_items(value, level + 1)  # type: ignore[arg-type]
+        elif isinstance(value, list | tuple):
+            self._count_values(value, level + 1)
+            for item in value:
+                self._read(item, level + 1)
+        else:
+            raise FormError(f"arguments: {kind.__name__} is not JSON")
+
+    def _add(self, line: str) -> None:
+        self._size += len(line)
+        if self._size > self._characters:
+            raise FormError(f"arguments: more than {self._characters} characters")
+        self.lines.append(line)
+
+    def _count_values(self, value: Sized, level: int) -> None:
+        if level > self._depth:
+            raise FormError(f"arguments: nested more than {self._depth} deep")
+        self._count += len(value)
+        if self._count > self._values:
+            raise FormError(f"arguments: more than {self._values} values")
 
 
 class _Element(NamedTuple):
@@ -281,18 +289,25 @@ def secret_in(folded: str) -> str | None:
             return literal.strip("-_")
     if folded.isascii() and len(folded.translate(_NO_DIGITS)) < _FEWEST_DIGITS:
         return None
-    for match in _CARD.finditer(folded):
-        if _luhn([int(c) for c in match[0] if c.isdigit()]):
+    for match in _DIGITS.finditer(folded):
+        groups = match[0].replace("-", " ").split()
+        if any(_is_card("".join(groups[i:j])) for i, j in _spans(len(groups))):
             return "card number"
     return None
 
 
-def _luhn(digits: list[int]) -> bool:
-    """ISO/IEC 7812-1, annex B."""
-    if not _FEWEST_DIGITS <= len(digits) <= 19:
+def _spans(groups: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring groups of digits that may be one number: one alone, or up to six."""
+    return ((i, j) for i in range(groups) for j in range(i + 1, min(i + 6, groups) + 1))
+
+
+def _is_card(digits: str) -> bool:
+    """Length and check digit, ISO/IEC 7812-1 annex B."""
+    if not _FEWEST_DIGITS <= len(digits) <= _MOST_DIGITS:
         return False
-    doubled = [2 * d - 9 * (d > 4) for d in digits[-2::-2]]
-    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+    values = [int(digit) for digit in digits]
+    doubled = [2 * d - 9 * (d > 4) for d in values[-2::-2]]
+    return (sum(values[-1::-2]) + sum(doubled)) % 10 == 0
 
 
 def json_type(value: Any) -> str:
