@@ -463,7 +463,7 @@ anything = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.text() | st.integers(), anything, st.lists(st.text(), max_size=3), st.booleans())
 def test_never_an_exception_and_always_the_same(
     tool: Any, arguments: Any, seen: list[str], scoped: bool
