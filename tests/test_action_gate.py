@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from midstream import testbed
 from midstream.agents.action_gate import (
     ActionGate,
     Decision,
@@ -22,6 +23,7 @@ from midstream.agents.action_gate import (
 )
 from midstream.agents.call_text import Phrases, fold, host_of, secret_in, words, words_of_name
 from midstream.agents.gate_rules import GateRules, GateRulesError
+from midstream.agents.rules import Rules
 from midstream.agents.steps import AgentTrace, Step, ToolCall
 from midstream.agents.voters import (
     EncoderVoter,
@@ -29,8 +31,10 @@ from midstream.agents.voters import (
     Situation,
     Stance,
     Vote,
+    chain_forecast,
     sentence_encoder,
 )
+from midstream.learn.agent_fit import fit_agents
 
 ALLOW, ASK, BLOCK = GateVerdict.ALLOW, GateVerdict.ASK, GateVerdict.BLOCK
 GATE = ActionGate()
@@ -347,6 +351,14 @@ def test_a_forecast_that_is_no_probability_counts_against() -> None:
     (vote,) = gate.session().decide(ToolCall(tool="look")).votes
     assert vote.stance is Stance.AGAINST
     assert "expected a probability" in vote.reason
+
+
+def test_the_chain_forecasts_the_call_that_would_violate() -> None:
+    rules = Rules.load(testbed.AGENT_RULES)
+    forecast = chain_forecast(rules, fit_agents(testbed.sample_traces(60, seed=3), rules))
+    seen = Step(call=ToolCall(tool="read_shelf", arguments={"shelf": "sealed shelf"}))
+    assert forecast([seen, Step(call=ToolCall(tool="send_courier"))]) == 1  # violated by the rules
+    assert forecast([Step(call=ToolCall(tool="send_courier"))]) < forecast([seen]) < 1
 
 
 def by_letters(texts: Sequence[str]) -> NDArray[np.float32]:
