@@ -282,7 +282,8 @@ class GateSession:
         counted = {name: rules.weights[name] for name in signals if name in rules.weights}
         score = sum(counted.values())
         matched = _matched(signals, frozenset(counted))
-        situation = Situation(self._task, self._role.about, tuple(self._steps), call, action)
+        history = tuple(self._steps) if self._gate.voters else ()
+        situation = Situation(self._task, self._role.about, history, call, action)
         votes = tuple(_vote(voter, situation) for voter in self._gate.voters)
         against = [vote for vote in votes if vote.stance is Stance.AGAINST]
         in_favour = sum(vote.stance is Stance.FOR for vote in votes)

@@ -121,10 +121,8 @@ def _paths(leaves: Sequence[str]) -> Iterator[str]:
             yield leaf
         for word in leaf.split():
             bare = word.strip("\"'`,;()[]{}<>|&=")
-            if word != leaf and (_PATH.match(bare) or _UP.search(bare)):
+            if _PATH.match(bare) or _UP.search(bare):
                 yield bare
-            elif word == leaf and not _PATH.match(leaf) and _UP.search(leaf):
-                yield leaf
 
 
 def _inside(path: str, folders: Sequence[str]) -> bool:
