@@ -357,7 +357,7 @@ class Policy(_Strict):
     def from_yaml(cls, text: str, source: str = "policy.yaml") -> Policy:
         """Parse and validate; a PolicyError names each key at fault."""
         try:
-            content = yaml.load(text, Loader=_Loader)
+            content = yaml.load(text, Loader=UniqueKeyLoader)
         except yaml.YAMLError as error:
             raise PolicyError(f"{source}: not YAML: {error}") from error
         if not isinstance(content, dict):
@@ -383,10 +383,11 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key given twice, of which YAML would quietly take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct it, after a look at its keys."""
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:

@@ -1,0 +1,357 @@
+"""A deterministic gate for tool calls, before they run: scope, veto, consensus.
+
+Three stages in the manner of ILION's cascade; the first decisive one wins. *Scope*: the tool, its
+arguments and places are what the role may use. *Veto*: rules that decide alone. *Consensus*: weak
+signals add up; what is borderline passes only if voters (a forecast, an encoder) agree to it. No
+clock, no chance: after the same events the same call gets the same verdict, and each says why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Literal
+
+from midstream.agents.call_text import (
+    FormError,
+    addresses,
+    read_arguments,
+    secret_in,
+    words,
+    words_of_name,
+)
+from midstream.agents.gate_rules import GateRules, GateRulesError, Role, ToolScope
+from midstream.agents.scope import Finding, outside_arguments, outside_places, scope_of
+from midstream.agents.steps import AgentTrace, Step, ToolCall
+from midstream.agents.taint import Origins
+from midstream.agents.voters import Situation, Stance, Vote, Voter
+
+OBEYED_WORDS = 2
+"""Words of a request in an observation that a call must repeat for the signal ``obeys``."""
+
+_LONGEST_NAME = 256
+_EVERYTHING = frozenset({"*", "**", "/", "/*", "~", "~/", "~/*", "*.*", "%", ".", "c:\\", "c:/"})
+
+
+class GateVerdict(StrEnum):
+    """What happens to a call, in ascending order of strictness."""
+
+    ALLOW = "ALLOW"
+    ASK = "ASK"
+    BLOCK = "BLOCK"
+
+
+Stage = Literal["form", "scope", "veto", "consensus"]
+
+
+@dataclass(frozen=True)
+class MalformedCall:
+    """Text that set out to be a tool call and is none.
+
+    Attributes
+    ----------
+    reason : str
+        What is wrong, and where.
+    text : str
+        Its beginning.
+    """
+
+    reason: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict with its explanation.
+
+    Attributes
+    ----------
+    verdict : GateVerdict
+    stage : {"form", "scope", "veto", "consensus"}
+        The stage that decided; ``form`` for what is no call at all.
+    rule : str
+    matched : str
+        What in the call (or before it) the rule found.
+    because, remedy : str
+        Why that matters, and what would make the call pass.
+    call : ToolCall or MalformedCall
+    votes : tuple of Vote
+        Of the voters, where it came to them.
+    """
+
+    verdict: GateVerdict
+    stage: Stage
+    rule: str
+    matched: str
+    because: str
+    remedy: str
+    call: ToolCall | MalformedCall
+    votes: tuple[Vote, ...] = ()
+
+    def __str__(self) -> str:
+        tool = self.call.tool if isinstance(self.call, ToolCall) else "malformed call"
+        text = f"{self.verdict} {tool}: {self.stage}/{self.rule}: {self.because}"
+        text += f" [{self.matched}]" if self.matched else ""
+        return text + (f". To pass: {self.remedy}" if self.remedy else "")
+
+
+class ActionGate:
+    """Rules and voters, ready to judge the calls of many tasks.
+
+    Parameters
+    ----------
+    rules : GateRules, optional
+        Those of the package when not given.
+    voters : sequence of Voter
+        Beside the rules' own score.
+    """
+
+    def __init__(self, rules: GateRules | None = None, voters: Sequence[Voter] = ()) -> None:
+        self.rules = rules or GateRules.load()
+        self.voters = tuple(voters)
+        self._in_calls = self.rules.phrases("call")
+        self._in_observations = self.rules.phrases("observation")
+        self._requests = frozenset(n for n, s in self.rules.signals.items() if s.requests)
+        self._vetoes = tuple((veto, veto.alternatives) for veto in self.rules.vetoes)
+        self._about = lru_cache(maxsize=1024)(self._about_tool)
+
+    def session(self, task: str = "", role: str | None = None) -> GateSession:
+        """Begin a task; ``role`` is the first of the rules' when not given.
+
+        Raises
+        ------
+        GateRulesError
+            For a role that the rules do not have.
+        """
+        name = next(iter(self.rules.roles)) if role is None else role
+        if name not in self.rules.roles:
+            there = ", ".join(self.rules.roles)
+            raise GateRulesError(f"no role {name!r}; there are {there}")
+        return GateSession(self, task, name)
+
+    def _about_tool(self, role: str, tool: str) -> tuple[ToolScope | None, frozenset[str], str]:
+        """Scope, effects and name in words of a tool."""
+        scope = scope_of(self.rules.roles[role], tool)
+        parts = words_of_name(tool)
+        stated = None if scope is None else scope.effects
+        effects = self.rules.effects_of(parts) if stated is None else frozenset(stated)
+        return scope, effects, " ".join(parts)
+
+
+class GateSession:
+    """One task of one agent: what was said, seen and done so far.
+
+    Tell it of every user turn (`trust`), every call that ran (`ran`) and every observation
+    (`observe`), in order. `decide` changes nothing.
+    """
+
+    def __init__(self, gate: ActionGate, task: str, role: str) -> None:
+        self._gate, self._rules = gate, gate.rules
+        self._name, self._role = role, gate.rules.roles[role]
+        self._task = task
+        self._steps: list[Step] = []
+        self._calls: Counter[str] = Counter()
+        self._origins = Origins(
+            gate._in_observations, gate._requests, self._rules.limits.remembered_words
+        )
+        for text in (self._role.about, task):
+            self._origins.trust(text)
+
+    def trust(self, text: str) -> None:
+        """Take in what the user said."""
+        self._origins.trust(text)
+
+    def observe(self, text: str) -> None:
+        """Take in what the last call gave back. Linear in the text."""
+        self._origins.observe(text)
+        if self._steps:
+            last = self._steps[-1]
+            self._steps[-1] = last.model_copy(update={"observed": last.observed + text})
+
+    def ran(self, call: ToolCall) -> None:
+        """Count a call that was made."""
+        self._calls[call.tool] += 1
+        self._steps.append(Step(call=call))
+
+    def decide(self, call: ToolCall | MalformedCall) -> Decision:
+        """Judge a call before it runs. Never raises; linear in the length of the arguments."""
+        if isinstance(call, MalformedCall):
+            return _malformed(call, call.reason)
+        limits = self._rules.limits
+        fault = _fault_of_name(call.tool)
+        if fault:
+            return _malformed(call, fault)
+        try:
+            text = read_arguments(call.arguments, limits.characters, limits.depth, limits.values)
+        except FormError as error:
+            return _malformed(call, str(error))
+        scope, effects, name = self._gate._about(self._name, call.tool)
+        said = words(f"{name}\n{text.text}")
+        distinct = frozenset(said)
+        hosts: list[str] = []
+        recipients: list[str] = []
+        if "@" in text.text or "://" in text.text:
+            hosts, recipients = addresses(distinct)
+        finding = self._outside(call, scope, text.leaves, hosts, recipients)
+        if finding is not None:
+            return Decision(
+                GateVerdict.BLOCK,
+                "scope",
+                finding.rule,
+                finding.matched,
+                f"outside what the role {self._name} may do",
+                finding.remedy,
+                call,
+            )
+        signals = dict.fromkeys(sorted(effects), f"tool {call.tool}")
+        signals |= self._gate._in_calls.find(said, distinct)
+        signals |= self._seen(text.text, text.leaves, distinct, hosts, recipients)
+        for veto, alternatives in self._gate._vetoes:
+            if all(not names.isdisjoint(signals) for names in alternatives):
+                matched = _matched(signals, frozenset().union(*alternatives))
+                return Decision(
+                    GateVerdict(veto.verdict),
+                    "veto",
+                    veto.rule,
+                    matched,
+                    veto.because,
+                    veto.remedy,
+                    call,
+                )
+        return self._consensus(call, signals, f"{name}: {text.text}")
+
+    def _outside(
+        self,
+        call: ToolCall,
+        scope: ToolScope | None,
+        leaves: Sequence[str],
+        hosts: Sequence[str],
+        recipients: Sequence[str],
+    ) -> Finding | None:
+        role = self._role
+        if scope is None:
+            return Finding("tools", f"tool {call.tool}", f"one of {', '.join(role.tools)}")
+        made = self._calls.total()
+        if role.calls is not None and made >= role.calls:
+            return Finding("calls", f"{made} calls were made", f"{role.calls} per task")
+        made = self._calls[call.tool]
+        if scope.calls is not None and made >= scope.calls:
+            matched = f"{call.tool} was called {made} times"
+            return Finding(f"tools.{call.tool}.calls", matched, f"{scope.calls} per task")
+        return outside_arguments(scope, call.arguments) or outside_places(
+            role, scope, call.arguments, leaves, hosts, recipients
+        )
+
+    def _seen(
+        self,
+        text: str,
+        leaves: Sequence[str],
+        distinct: frozenset[str],
+        hosts: Sequence[str],
+        recipients: Sequence[str],
+    ) -> dict[str, str]:
+        """Signals that are computed, with what gave each."""
+        origins = self._origins
+        found = dict(origins.raised)
+        secret = secret_in(text)
+        if secret is not None:
+            found["secret"] = secret
+        bulk = next((leaf for leaf in leaves if leaf.strip().lower() in _EVERYTHING), None)
+        if bulk is not None:
+            found["bulk"] = bulk.strip()
+        for address in (*hosts, *recipients):
+            if address not in origins.trusted and not _listed(address, self._role):
+                found["foreign-address"] = address[:80]
+                break
+        copied = (distinct & origins.copied) or (origins.copied & set(hosts))
+        if copied:
+            found["copied"] = min(copied)[:80]
+        obeyed = distinct & origins.requested
+        if len(obeyed) >= OBEYED_WORDS:
+            found["obeys"] = " ".join(sorted(obeyed)[:5])
+        if origins.forgot:
+            found["forgot"] = f"more than {self._rules.limits.remembered_words} words"
+        return found
+
+    def _consensus(self, call: ToolCall, signals: Mapping[str, str], action: str) -> Decision:
+        rules = self._rules.consensus
+        counted = {name: rules.weights[name] for name in signals if name in rules.weights}
+        score = sum(counted.values())
+        matched = _matched(signals, frozenset(counted))
+        history = tuple(self._steps) if self._gate.voters else ()
+        situation = Situation(self._task, self._role.about, history, call, action)
+        votes = tuple(_vote(voter, situation) for voter in self._gate.voters)
+        against = [vote for vote in votes if vote.stance is Stance.AGAINST]
+        in_favour = sum(vote.stance is Stance.FOR for vote in votes)
+        borderline = score >= rules.borderline_at
+        needed = f"needs {rules.agree} voters for it and none against"
+        if not borderline and not against:
+            verdict, rule, why, remedy = GateVerdict.ALLOW, "nothing against it", "", ""
+        elif borderline and not against and in_favour >= rules.agree:
+            verdict, rule, why, remedy = GateVerdict.ALLOW, "voters agree", "", ""
+        elif borderline and score >= rules.block_at and against and not in_favour:
+            verdict, rule = GateVerdict.BLOCK, "all against"
+            why, remedy = "weak signals add up and voters agree with them", "a person has to do it"
+        else:
+            verdict, rule = GateVerdict.ASK, "borderline" if borderline else "voter against"
+            why = f"weak signals add up to {score:g}; it {needed}" if borderline else ""
+            remedy = "the user confirms it, or names its target in the task"
+        why = why or "; ".join(f"{vote.voter}: {vote.reason}" for vote in against)
+        why = why or f"weak signals add up to {score:g}, below {rules.borderline_at:g}"
+        return Decision(verdict, "consensus", rule, matched, why, remedy, call, votes)
+
+
+def check_calls(trace: AgentTrace, gate: ActionGate, role: str | None = None) -> list[Decision]:
+    """Judge the calls of a trace in order, each before its own observation is known.
+
+    As the trace went: a call that would have been stopped still counts, and its observation is
+    still read.
+    """
+    session = gate.session(trace.task, role)
+    decisions = []
+    for step in trace.steps:
+        if step.call is not None:
+            decisions.append(session.decide(step.call))
+            session.ran(step.call)
+        session.observe(step.observed)
+    return decisions
+
+
+def _vote(voter: Voter, situation: Situation) -> Vote:
+    try:
+        return voter.vote(situation)
+    except Exception as error:  # a voter that is down must not open the gate, nor stop it
+        return Vote(voter.name, Stance.AGAINST, f"failed: {type(error).__name__}: {error}")
+
+
+def _malformed(call: ToolCall | MalformedCall, reason: str) -> Decision:
+    return Decision(
+        GateVerdict.BLOCK,
+        "form",
+        "malformed",
+        reason,
+        "what cannot be read cannot be judged",
+        "one JSON object of arguments within the limits, for a tool with a name",
+        call,
+    )
+
+
+def _fault_of_name(tool: object) -> str | None:
+    if not isinstance(tool, str) or not tool.strip():
+        return "tool: expected a name"
+    if len(tool) > _LONGEST_NAME:
+        return f"tool: a name of more than {_LONGEST_NAME} characters"
+    return None if tool.isprintable() else "tool: a name with characters that cannot be printed"
+
+
+def _listed(address: str, role: Role) -> bool:
+    patterns = (*(role.hosts or ()), *(role.recipients or ()))
+    return any(fnmatchcase(address, pattern) for pattern in patterns)
+
+
+def _matched(signals: Mapping[str, str], names: frozenset[str]) -> str:
+    return "; ".join(f"{name}: {signals[name]}" for name in sorted(names & signals.keys()))
