@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from midstream.chain import Chain, ChainError
 from midstream.learn.chains.em_steps import (
-    Counts,
     expect,
+    extrapolate,
     log_prior,
     maximise,
     parameters_of,
@@ -106,7 +107,7 @@ def fit_em(
     restarts: int = 8,
     prior_count: float = 1.0,
     max_iterations: int = 2000,
-    tolerance: float = 0.01,
+    tolerance: float = 1e-5,
 ) -> EmFit:
     """Fit a chain with latent transient states.
 
@@ -150,13 +151,13 @@ def fit_em(
     runs = []
     for number in range(restarts):
         start, assigned = assign_states(packed, violates, states, bins, number, random)
-        run = _Run(start, packed, parameters_of(packed, assigned, shapes))
-        run.go(_SHORT_RUN, prior_count, tolerance)
+        run = _Run(start, parameters_of(packed, assigned, shapes), packed, prior_count)
+        run.go(_SHORT_RUN, tolerance)
         runs.append(run)
     best = max(runs, key=lambda run: run.log_posteriors[-1])
-    best.go(max_iterations, prior_count, tolerance)
+    best.go(max_iterations, tolerance)
     chain = _chain(
-        best.parameters,
+        best.now.parameters,
         list(edges) or [o + 0.5 for o in range(bins - 1)],
         list(prompt_edges) or [o + 0.5 for o in range(prompt_bins - 1)],
         horizon=max(1, round(sum(len(stream.bins) for stream in streams) / len(streams))),
@@ -194,25 +195,42 @@ def _check(
         raise ChainError("fit_em: no stream violates, so nothing can be learnt about it")
 
 
-class _Run:
-    """EM from one start, which can be left and taken up again."""
+class _Step(NamedTuple):
+    """An E-step at ``parameters``, and the M-step that follows from it."""
 
-    def __init__(self, start: str, packed: Sequence[PackedStreams], parameters: Parameters) -> None:
-        self.start, self.packed, self.parameters = start, packed, parameters
-        self.counts: Counts | None = None  # expected under the parameters
+    parameters: Parameters
+    following: Parameters
+    log_likelihood: float
+    log_posterior: float
+
+
+class _Run:
+    """EM from one start, which can be left and taken up again.
+
+    Two iterations show where EM leads; the next E-step is tried that much further on (`SQUAREM`_).
+    Where the log posterior is smaller there, EM goes on instead, so that it never falls.
+    """
+
+    def __init__(
+        self, start: str, parameters: Parameters, packed: Sequence[PackedStreams], prior: float
+    ) -> None:
+        self.start, self.packed, self.prior_count = start, packed, prior
         self.log_likelihoods: list[float] = []
         self.log_posteriors: list[float] = []
         self.converged = False
+        self.now = self._goes_to(self._step(parameters))
 
-    def go(self, iterations: int, prior_count: float, tolerance: float) -> None:
+    def go(self, iterations: int, tolerance: float) -> None:
         """Iterate until converged, or until there were so many iterations in all."""
         while not self.converged and len(self.log_posteriors) < iterations:
-            if self.counts is not None:
-                self.parameters = maximise(self.counts, prior_count, self.parameters)
-            self.counts, likelihood = expect(self.parameters, self.packed)
-            self.log_likelihoods.append(likelihood)
-            self.log_posteriors.append(likelihood + log_prior(self.parameters, prior_count))
-            self.converged = _still_to_gain(self.log_posteriors) < tolerance
+            before, self.now = self.now, self._goes_to(self._step(self.now.following))
+            self.converged = self.now.log_posterior - before.log_posterior < tolerance
+            if not self.converged:
+                further = self._step(
+                    extrapolate(before.parameters, self.now.parameters, self.now.following)
+                )
+                if further.log_posterior >= self.now.log_posterior:
+                    self.now = self._goes_to(further)
 
     def result(self) -> Restart:
         return Restart(
@@ -223,19 +241,24 @@ class _Run:
             self.converged,
         )
 
+    def _step(self, parameters: Parameters) -> _Step:
+        counts, likelihood = expect(parameters, self.packed)
+        following = maximise(counts, self.prior_count, parameters)
+        return _Step(
+            parameters, following, likelihood, likelihood + log_prior(parameters, self.prior_count)
+        )
 
-def _still_to_gain(log_posteriors: Sequence[float]) -> float:
-    """Aitken's estimate of the distance to the limit; refuses a decrease beyond rounding."""
-    if len(log_posteriors) < 3:
-        return np.inf
-    before, now, new = log_posteriors[-3:]
-    gained, rounding = new - now, _ROUNDING * abs(new)
-    if gained < -rounding:
-        raise LikelihoodDecreasedError(f"log posterior fell from {now} to {new}")
-    rate = gained / (now - before) if now > before else 0.0
-    if rate >= 1:
-        return np.inf
-    return max(gained, rounding) * rate / (1 - rate)
+    def _goes_to(self, step: _Step) -> _Step:
+        if self.log_posteriors:
+            before = self.log_posteriors[-1]
+            if step.log_posterior < before - _ROUNDING * abs(before):
+                raise LikelihoodDecreasedError(
+                    f"log posterior fell from {before} to {step.log_posterior} in iteration "
+                    f"{len(self.log_posteriors)}"
+                )
+        self.log_likelihoods.append(step.log_likelihood)
+        self.log_posteriors.append(step.log_posterior)
+        return step
 
 
 def _chain(

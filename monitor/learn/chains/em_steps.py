@@ -118,6 +118,40 @@ def expect(parameters: Parameters, packed: Sequence[PackedStreams]) -> tuple[Cou
     return _total(parts), likelihood
 
 
+def extrapolate(before: Parameters, now: Parameters, then: Parameters) -> Parameters:
+    """Go where EM is heading from three of its iterates in a row, or to the last of them at least.
+
+    SQUAREM, scheme S3 (Varadhan and Roland 2008), over the square roots of the probabilities: they
+    lie on spheres, so that every point there is a chain once its rows are normalised.
+    """
+    points = [
+        np.concatenate([np.sqrt(table).ravel() for table in _tables(parameters)])
+        for parameters in (before, now, then)
+    ]
+    first, change = points[1] - points[0], points[2] - 2 * points[1] + points[0]
+    size = float(np.linalg.norm(change))
+    length = max(1.0, float(np.linalg.norm(first)) / size) if size > 0 else 1.0
+    point = (points[0] + 2 * length * first + length**2 * change) ** 2
+    rows = []
+    for table in _tables(now):
+        values, point = point[: table.size].reshape(table.shape), point[table.size :]
+        rows.append(values / values.sum(axis=1, keepdims=True))
+    prior, transition, ends, emission, prompt_emission = rows
+    return Parameters(prior[0], transition, ends[:, 0], emission, prompt_emission)
+
+
+def _tables(parameters: Parameters) -> tuple[Array, ...]:
+    """Rows that each are a distribution: prior, moves, ends or goes on, bins, prompt bins."""
+    ends = np.stack([parameters.ending, 1 - parameters.ending], axis=1)
+    return (
+        parameters.prior[None],
+        parameters.transition,
+        ends,
+        parameters.emission,
+        parameters.prompt_emission,
+    )
+
+
 def parameters_of(
     packed: Sequence[PackedStreams], assigned: Sequence[NDArray[np.int64]], shapes: Parameters
 ) -> Parameters:
