@@ -290,6 +290,8 @@ def _fit_lines(report: FitReport) -> list[str]:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
+    if 0 < value < 1e-9:
+        return "<1e-09"
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
 
 
@@ -298,6 +300,6 @@ def _percent(value: float | None) -> str:
 
 
 def _with_interval(value: Any) -> str:
-    """A value, and its interval where there is one."""
+    """A value, and below it its interval where there is one."""
     first, *ends = value
-    return _number(first) + (f" ({_number(ends[0])}–{_number(ends[1])})" if ends else "")
+    return _number(first) + (f"\n{_number(ends[0])} – {_number(ends[1])}" if ends else "")

@@ -168,7 +168,7 @@ def _scores(
     said, true, error = (by_stream(of) for of in (risk, label, (risk - label) ** 2))
     bootstrap = Bootstrap()
 
-    def figure(statistic: Any, n: int = len(risk)) -> Figure:
+    def figure(statistic: Any, n: int = streams) -> Figure:
         return bootstrap.figure(statistic, streams, n=n)
 
     brier = figure(lambda counts: ratio(counts @ error.sum(axis=1), counts @ total.sum(axis=1)))
@@ -176,15 +176,18 @@ def _scores(
         lambda counts: ratio(np.abs(counts @ (said - true)).sum(axis=1), counts @ total.sum(axis=1))
     )
     bins = [
-        figure(
-            lambda counts, b=b: ratio(counts @ true[:, b], counts @ total[:, b]),
-            int(total[:, b].sum()),
+        bootstrap.exact_at_ends(
+            figure(
+                lambda counts, b=b: ratio(counts @ true[:, b], counts @ total[:, b]),
+                int((total[:, b] > 0).sum()),
+            )
         )
         for b in range(_BINS)
         if total[:, b].any()
     ]
     filled = total.any(axis=0)
-    mean_risk = (said.sum(axis=0)[filled]) / total.sum(axis=0)[filled]
+    count = total.sum(axis=0)[filled].astype(np.int64)
+    mean_risk = said.sum(axis=0)[filled] / count
     value, low, high = (
         np.array([getattr(one, name) for one in bins], dtype=float)
         for name in ("value", "low", "high")
@@ -199,11 +202,17 @@ def _scores(
         "brier_of_base_rate": base * (1 - base),
         "calibration_error": [gap.value, gap.low, gap.high],
         "reliability": [
-            {"risk": float(r), "came_true": one.value, "low": one.low, "high": one.high, "n": one.n}
-            for r, one in zip(mean_risk, bins, strict=True)
+            {
+                "risk": float(said_here),
+                "came_true": one.value,
+                "low": one.low,
+                "high": one.high,
+                "streams": one.n,
+                "forecasts": int(forecasts_here),
+            }
+            for said_here, one, forecasts_here in zip(mean_risk, bins, count, strict=True)
         ],
     }
-    count = np.array([one.n for one in bins])
     return scores, plots.Reliability(tokens, mean_risk, value, low, high, count)
 
 

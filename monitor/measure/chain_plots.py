@@ -142,6 +142,7 @@ def reliability(found: Sequence[Reliability]) -> Callable[[Any], None]:
             top.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=title)
             bottom.bar(one.risk, one.count, width=0.05, color=BLUE, alpha=0.6)
             bottom.set(yscale="log", xlabel="risk said")
+            bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             bottom.yaxis.set_minor_formatter(lambda value, _: "")
         grid[0, 0].set_ylabel("came true")
         grid[1, 0].set_ylabel("forecasts")
@@ -289,5 +290,7 @@ def _colours(count: int) -> list[Any]:
 
 def _zones(axes: Any) -> None:
     for low, high, colour in ((0, WATCH, GREEN), (WATCH, NO_RETURN, GREY), (NO_RETURN, 1, RED)):
-        axes.axhspan(low, high, color=colour, alpha=0.05, linewidth=0)
+        axes.axhspan(low, high, color=colour, alpha=0.07, linewidth=0)
+        if low:
+            axes.axhline(low, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1)

@@ -111,7 +111,7 @@ def observe(
     reads = np.array([probe.reads == "response" for probe in bundle.bank.heads])
     of_response: Array = risks[:, reads].sum(axis=1)
     of_prompt: Array = risks[:, ~reads].sum(axis=1)
-    scored = np.isfinite(recording.logits[:, reads]).all(axis=1)
+    scored = np.asarray(np.isfinite(recording.logits[:, reads]).all(axis=1))
     streams, index, located, missing = [], [], [], 0
     for e, truth in enumerate(outcomes.truth):
         rows = slice(int(recording.starts[e]), int(recording.starts[e + 1]))
