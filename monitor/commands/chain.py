@@ -41,7 +41,9 @@ def fit(
     by: Annotated[
         str, typer.Option(help="counts: states are bins of the evidence; em: states are latent.")
     ] = "counts",
-    states: Annotated[int | None, typer.Option(min=1, help="Latent states, by em.")] = None,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="Latent states, by em; chosen when not given.")
+    ] = None,
     category: Annotated[
         str | None, typer.Option(help="Column of the recording: a chain for each of its values.")
     ] = None,
@@ -155,7 +157,7 @@ def forecast(
         "base rate's",
         "calibration error",
     ):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     for row in found["horizons"]:
         table.add_row(
             str(row["horizon"]),

@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from midstream.chain import Chain, ChainError, faults_by_key
 from midstream.learn.chains.categories import fit_categories
+from midstream.learn.chains.choice import StatesChoice, choose_states
 from midstream.learn.chains.counts import Posterior, chain_of, count
+from midstream.learn.chains.em import fit_em
+from midstream.learn.chains.filtering import as_served, known_to_violate, log_likelihood
 from midstream.learn.chains.intervals import (
     DRAWS,
     LEVEL,
@@ -33,8 +36,8 @@ HORIZONS = (*range(33), 64, 128, 256, 512, 1024)
 SHOWN_HORIZONS = (1, 5, 10, 32)
 """Horizons of tables, and of the direct frequencies."""
 
-STATES = 4
-"""Latent states of EM where nobody says how many."""
+CANDIDATES = (1, 2, 3, 4, 5, 6)
+"""Numbers of latent states that EM chooses from where nobody says how many."""
 
 PRIOR_COUNT = 1.0
 SCHEMA_VERSION = 1
@@ -42,6 +45,7 @@ POOLED = ""
 """The category of streams without one; they teach the pooled chain alone."""
 
 _HELD_OUT = 0.2
+_CHOICE_RESTARTS = 3  # each candidate is fitted once per fold
 
 
 class Bands(BaseModel):
@@ -186,7 +190,8 @@ def fit_streams(
         Edges between the bins.
     by : "counts" or "em"
     states : int, optional
-        Latent states of EM, `STATES` when not given; by counts the bins are the states.
+        Latent states of EM, chosen among `CANDIDATES` by cross-validation when not given; by counts
+        the bins are the states.
     categories : bool
         Fit one chain per category of the streams as well; by counts only.
     clock : str
@@ -204,11 +209,15 @@ def fit_streams(
         raise ChainError("states: by counts the bins are the states; choose the edges instead")
     if by == "em" and categories:
         raise ChainError("categories: chains per category are fitted by counts")
+    choice = None
+    if by == "em" and states is None:
+        choice = _choose_states(streams, edges, prompt_edges, seed)
+        states = choice.states
 
     def fitted(to: Sequence[SymbolStream]) -> _Fitted:
         if by == "counts":
             return _by_counts(to, edges, prompt_edges, categories)
-        return _by_em(to, edges, prompt_edges, states, seed)
+        return _by_em(to, edges, prompt_edges, states or 1, seed)
 
     whole, bins = fitted(streams), len(edges) + 1
     intervals = {
@@ -221,7 +230,7 @@ def fit_streams(
         clock=clock,
         streams=len(streams),
         tokens=sum(len(stream.bins) for stream in streams),
-        violating=sum(map(_violates, streams)),
+        violating=sum(map(known_to_violate, streams)),
         level=LEVEL,
         draws=draws,
         seed=seed,
@@ -239,7 +248,7 @@ def fit_streams(
             table: None if np.isinf(value) else value
             for table, value in whole.concentration.items()
         },
-        em=whole.em,
+        em=whole.em and {**whole.em, "choice": choice and asdict(choice)},
         notes=dict(notes or {}),
     )
     return Fit(whole.chain, whole.categories, report)
@@ -281,14 +290,12 @@ def _by_em(
     streams: Sequence[SymbolStream],
     edges: Sequence[float],
     prompt_edges: Sequence[float],
-    states: int | None,
+    states: int,
     seed: int,
 ) -> _Fitted:
-    from midstream.learn.chains.em import fit_em
-
     found = fit_em(
         streams,
-        STATES if states is None else states,
+        states,
         bins=len(edges) + 1,
         prompt_bins=len(prompt_edges) + 1,
         edges=edges,
@@ -305,18 +312,33 @@ def _by_em(
     return _Fitted(found.chain, em=em)
 
 
+def _choose_states(
+    streams: Sequence[SymbolStream],
+    edges: Sequence[float],
+    prompt_edges: Sequence[float],
+    seed: int,
+) -> StatesChoice:
+    return choose_states(
+        streams,
+        CANDIDATES,
+        seed=seed,
+        bins=len(edges) + 1,
+        prompt_bins=len(prompt_edges) + 1,
+        restarts=_CHOICE_RESTARTS,
+        prior_count=PRIOR_COUNT,
+    )
+
+
 def _held_out(
     streams: Sequence[SymbolStream],
     fitted: Callable[[Sequence[SymbolStream]], _Fitted],
     seed: int,
 ) -> dict[str, Any]:
     """Log-likelihood per token of streams under chains fitted to the others."""
-    from midstream.learn.chains.filtering import as_served, log_likelihood
-
     order = np.random.default_rng(seed).permutation(len(streams))
     cut = round(_HELD_OUT * len(streams))
     held, rest = ([streams[e] for e in part] for part in (order[:cut], order[cut:]))
-    if not held or not any(map(_violates, rest)):
+    if not held or not any(map(known_to_violate, rest)):
         return {"reason": "too few streams to hold some out"}
     fit = fitted(rest)
     tokens = sum(len(stream.bins) for stream in held)
@@ -338,7 +360,3 @@ def _held_out(
 def _frequencies(streams: Sequence[SymbolStream], states: int) -> dict[str, Any]:
     found = violation_frequencies(streams, states, SHOWN_HORIZONS)
     return {name: array.tolist() for name, array in asdict(found).items()}
-
-
-def _violates(stream: SymbolStream) -> bool:
-    return bool(stream.violates or (stream.violated is not None and stream.violated[-1]))
