@@ -56,6 +56,7 @@ def showing(chain):
     )
 
 
+V = [[0.0, 0.0, 1.0]]
 # calm and uneasy, with chances that are seen in a few hundred streams
 KNOWN = Chain(
     transition=[[0.8, 0.15, 0.05], [0.3, 0.5, 0.2], [0, 0, 1]],
@@ -332,10 +333,10 @@ def test_where_nothing_can_be_compared_it_is_said():
 
 def test_a_fit_of_steps_tells_its_categories_apart_and_reads_back():
     rng = np.random.default_rng(fresh_seed())
-    calm, wild = (showing(random_chain(seed, states=3)) for seed in (1, 2))
+    calm, wild = KNOWN, KNOWN.model_copy(update={"transition": [[0.5, 0.5, 0], [0, 0.5, 0.5], *V]})
     streams = sampled(calm, 150, rng, category="calm/ly") + sampled(wild, 150, rng, category="wild")
-    streams += [replace(stream, category="") for stream in sampled(calm, 5, rng)]
-    fit = fit_streams(streams, edges=[0.5, 1.5], categories=True, clock="step", draws=200)
+    streams += sampled(calm, 5, rng)
+    fit = fit_streams(streams, edges=[0.5], categories=True, clock="step", draws=200)
     files = fit.files()
     assert set(files) == {"chain.json", "chain-calm%2Fly.json", "chain-wild.json", "fit.json"}
     assert Chain.from_json(files[category_file("wild")].decode()) == fit.categories["wild"]
@@ -350,7 +351,7 @@ def test_a_fit_of_steps_tells_its_categories_apart_and_reads_back():
     for name, chain in (("calm/ly", calm), ("wild", wild)):
         own = fit.categories[name].horizon(10) - chain.horizon(10)
         pooled = fit.chain.horizon(10) - chain.horizon(10)
-        assert abs(own[:3]).mean() < abs(pooled[:3]).mean()
+        assert abs(own).mean() < abs(pooled).mean()
 
 
 def test_a_fit_by_em_chooses_its_states_and_needs_no_labels_of_tokens():

@@ -148,26 +148,25 @@ def forecast(
         print(json.dumps(without_nan(found), indent=2))
         return
     console = Console()
-    table = Table(title="95 % intervals by bootstrap over responses", title_justify="left")
-    for header in (
-        "horizon",
-        "forecasts",
-        "came true",
-        "Brier",
-        "base rate's",
-        "calibration error",
+    for kind, title in (
+        ("forecast", "Violated within the horizon, at tokens not violated yet"),
+        ("risk", "Violated now or within the horizon, at every token"),
     ):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in found["horizons"]:
-        table.add_row(
-            str(row["horizon"]),
-            str(row["forecasts"]),
-            _percent(row["base_rate"]),
-            _with_interval(row["brier"]),
-            _number(row["brier_of_base_rate"]),
-            _with_interval(row["calibration_error"]),
-        )
-    console.print(table)
+        table = Table(title=title, title_justify="left")
+        for header in ("horizon", "tokens", "true", "Brier score", "of base rate", "calibration"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for row in found["horizons"]:
+            of = row[kind]
+            table.add_row(
+                str(row["horizon"]),
+                str(of["tokens"]),
+                f"{of['base_rate']:.2%}",
+                _with_interval(of["brier"]),
+                _number(of["brier_of_base_rate"]),
+                _with_interval(of["calibration_error"]),
+            )
+        console.print(table)
+    console.print("Below a figure: 95 % by bootstrap over responses. Calibration is the error.")
     console.print(f"wrote {out}", highlight=False, markup=False)
 
 
@@ -295,10 +294,6 @@ def _number(value: float | None) -> str:
     if 0 < value < 1e-9:
         return "<1e-09"
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
 
 
 def _with_interval(value: Any) -> str:

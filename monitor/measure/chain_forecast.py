@@ -17,7 +17,7 @@ from midstream.learn.chains.filtering import as_served
 from midstream.learn.chains.observed import observe
 from midstream.measure import chain_plots as plots
 from midstream.measure.bootstrap import Bootstrap, Figure, draws, ratio
-from midstream.measure.halting import Truth, forecasts
+from midstream.measure.halting import Truth
 from midstream.measure.metrics import bins_of
 from midstream.measure.outcomes import MeasureError, Outcomes
 from midstream.measure.recording import Recording
@@ -29,6 +29,7 @@ _BINS = 10
 _SHOWN_STREAMS = 4
 _PASSAGE_RESAMPLES = 300
 _TAIL = 0.025
+_LEAST = 1e-6  # the kernels' risk is fp32: less is rounding
 
 
 def forecast_recording(
@@ -62,9 +63,10 @@ def forecast_recording(
     Returns
     -------
     dict
-        What ``forecast.json`` holds: per horizon the forecasts of which it is known what came, how
+        What ``forecast.json`` holds. Per horizon the ``risk`` (violated now or within h, at every
+        token) and the ``forecast`` (a violation yet to come, at tokens that are not violated): how
         many came true, Brier score and calibration error with 95 % intervals by bootstrap over
-        streams, and the reliability; and when streams violate first, as forecast at the prompt's
+        streams, and the reliability. And when streams violate first, as forecast at the prompt's
         end and as it came.
 
     Raises
@@ -82,9 +84,9 @@ def forecast_recording(
         tokens: Outcomes.of(
             recording, rejudge(recording, bundle, policy=_policy(tokens), chain=used), chosen
         )
-        for tokens in horizons
+        for tokens in sorted({0, *horizons})
     }
-    outcomes = next(iter(judged.values()))
+    outcomes = judged[0]
     placed = np.flatnonzero(outcomes.placed)
     if not len(placed):
         raise MeasureError(
@@ -101,12 +103,18 @@ def forecast_recording(
         "left_out": len(recording) - len(placed),
         "horizons": [],
     }
-    drawn = []
-    for tokens, one in judged.items():
-        told = forecasts(truths, [one.risks[e] for e in placed], tokens)
-        scores, points = _scores(tokens, *told, len(placed))
-        found["horizons"].append(scores)
-        drawn.append(points)
+    drawn: dict[str, list[plots.Reliability]] = {"risk": [], "forecast": []}
+    now = [outcomes.risks[e] for e in placed]
+    for tokens in horizons:
+        ahead = [judged[tokens].risks[e] for e in placed]
+        row: dict[str, Any] = {"horizon": tokens}
+        for kind, told in (
+            ("risk", served_risks(truths, ahead, tokens)),
+            ("forecast", new_violations(truths, ahead, now, tokens)),
+        ):
+            row[kind], points = _scores(tokens, *told, len(placed))
+            drawn[kind].append(points)
+        found["horizons"].append(row)
     said, seen = _passages(recording, bundle, used, chosen, truths)
     found["first_passage"] = {
         "tokens": said.x.tolist(),
@@ -120,23 +128,67 @@ def forecast_recording(
     curves = [
         (
             f"{recording.streams[e]}"[:90],
-            {tokens: one.risks[e] for tokens, one in judged.items()},
+            {tokens: judged[tokens].risks[e] for tokens in horizons},
             truth.violates_at if truth.violates else None,
         )
         for e, truth in some
     ]
-    briers = np.array([row["brier"] for row in found["horizons"]], dtype=float)
+    of_forecast = [row["forecast"] for row in found["horizons"]]
+    briers = np.array([row["brier"] for row in of_forecast], dtype=float)
     score = plots.Band(np.array(horizons), *briers.T)
-    base = np.array([row["brier_of_base_rate"] for row in found["horizons"]], dtype=float)
+    base = np.array([row["brier_of_base_rate"] for row in of_forecast], dtype=float)
     files = {
         "forecast.json": text.encode(),
-        "reliability.svg": plots.render(plots.reliability(drawn), (2.6 * len(drawn), 3.6)),
+        **{
+            f"reliability_{kind}.svg": plots.render(
+                plots.reliability(points), (2.6 * len(points), 3.6)
+            )
+            for kind, points in drawn.items()
+        },
         "brier.svg": plots.render(plots.brier(list(horizons), score, base), (4, 3)),
         "first_passage.svg": plots.render(plots.passage_forecast(said, seen), (8, 3.2)),
         "risk_along.svg": plots.render(plots.risk_along(curves), (8, 0.5 + 1.6 * len(curves))),
     }
     write_folder(out, files)
     return found
+
+
+Told = tuple[Array, NDArray[np.bool_], NDArray[np.int64]]
+"""Chances said [n], whether they came true [n], and the stream of each [n]."""
+
+
+def served_risks(truths: Sequence[Truth], risks: Sequence[Array], tokens: int) -> Told:
+    """Risk that is served, at every response token of which it is known what came."""
+    parts = []
+    for truth, risk in zip(truths, risks, strict=True):
+        label, known = truth.within(tokens)
+        known = (known | label) & ~np.isnan(risk)
+        known[0] = False
+        parts.append((risk[known], label[known]))
+    return _joined(parts)
+
+
+def new_violations(
+    truths: Sequence[Truth], risks: Sequence[Array], now: Sequence[Array], tokens: int
+) -> Told:
+    """P(violated within ``tokens`` | evidence, and not violated yet), at tokens that are not.
+
+    The risk holds the chance that the stream is violated already, ``now``, which these tokens rule
+    out: what is left is (risk - now) / (1 - now).
+    """
+    parts = []
+    for truth, risk, violated in zip(truths, risks, now, strict=True):
+        label, known = truth.within(tokens)
+        known &= ~np.isnan(risk)
+        known[0] = False
+        left = np.maximum(1 - violated[known], _LEAST)
+        parts.append((np.clip((risk[known] - violated[known]) / left, 0.0, 1.0), label[known]))
+    return _joined(parts)
+
+
+def _joined(parts: list[tuple[Array, NDArray[np.bool_]]]) -> Told:
+    risk, label = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return risk, label, np.repeat(np.arange(len(parts)), [len(part) for part, _ in parts])
 
 
 def _policy(tokens: int) -> Policy:
@@ -155,7 +207,7 @@ def _scores(
 ) -> tuple[dict[str, Any], plots.Reliability]:
     """Scores at one horizon; sums are taken per stream once, so that resampling is cheap."""
     if not len(risk):
-        raise MeasureError(f"at horizon {tokens} of no forecast is it known what came")
+        raise MeasureError(f"at horizon {tokens} it is known of no token what came")
     place = bins_of(risk, _BINS)
 
     def by_stream(values: Array) -> Array:
@@ -194,8 +246,7 @@ def _scores(
     )
     base = float(came_true.mean())
     scores = {
-        "horizon": tokens,
-        "forecasts": len(risk),
+        "tokens": len(risk),
         "base_rate": base,
         "mean_risk": float(risk.mean()),
         "brier": [brier.value, brier.low, brier.high],
@@ -208,9 +259,9 @@ def _scores(
                 "low": one.low,
                 "high": one.high,
                 "streams": one.n,
-                "forecasts": int(forecasts_here),
+                "tokens": int(tokens_here),
             }
-            for said_here, one, forecasts_here in zip(mean_risk, bins, count, strict=True)
+            for said_here, one, tokens_here in zip(mean_risk, bins, count, strict=True)
         ],
     }
     return scores, plots.Reliability(tokens, mean_risk, value, low, high, count)
