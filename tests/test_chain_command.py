@@ -75,7 +75,6 @@ def test_fit_show_and_forecast(case):
             value, low, high = row[kind]["brier"]
             assert low <= value <= high
             assert row[kind]["tokens"] == sum(one["tokens"] for one in row[kind]["reliability"])
-    assert run("show", said.parent / "fit", "--horizon", 0).count("safe")
 
 
 def test_response_labels_alone_date_a_violation_to_the_largest_evidence(case):

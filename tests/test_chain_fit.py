@@ -12,12 +12,18 @@ from midstream.learn.chains.categories import best_concentration, fit_categories
 from midstream.learn.chains.counts import (
     Counts,
     ObservedStream,
+    Posterior,
     count,
     fit_by_counts,
     fit_symbols_by_counts,
 )
 from midstream.learn.chains.fit import FitReport, category_file, fit_streams
-from midstream.learn.chains.intervals import risk_intervals, violation_frequencies, wilson
+from midstream.learn.chains.intervals import (
+    risk_intervals,
+    sample_chains,
+    violation_frequencies,
+    wilson,
+)
 from midstream.learn.chains.order import order_test
 from midstream.learn.chains.symbols import SymbolStream
 
@@ -149,6 +155,23 @@ def test_credible_and_wilson_intervals_cover_the_known_risk_as_often_as_they_say
     reach = 3.5 * np.sqrt(level * (1 - level) / trials)
     assert (abs(credible / trials - level) < reach + 0.02).all(), credible / trials
     assert (abs(frequency / trials - level) < reach + 0.03).all(), frequency / trials
+
+
+def test_sampled_chains_have_the_moments_of_their_dirichlets_small_counts_included():
+    moves = np.array([[0.02, 0.3, 2.0], [5.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
+    ends = np.array([[0.1, 0.4], [3.0, 9.0], [1.0, 1.0]])
+    p = sample_chains(Posterior(moves, ends), 40_000, seed=fresh_seed() % 2**32)
+    np.testing.assert_allclose(p.sum(axis=2), 1, atol=1e-12)
+    going_on = 1 - p[:, :2, -1:]
+    for drawn, alphas in (
+        (np.where(going_on > 0, p[:, :2, :3] / np.maximum(going_on, 1e-300), np.nan), moves[:2]),
+        (np.concatenate([p[:, :2, -1:], going_on], axis=2), ends[:2]),
+    ):
+        total = alphas.sum(axis=1, keepdims=True)
+        mean = alphas / total
+        np.testing.assert_allclose(np.nanmean(drawn, axis=0), mean, atol=0.01)
+        variance = mean * (1 - mean) / (total + 1)
+        np.testing.assert_allclose(np.nanvar(drawn, axis=0), variance, rtol=0.06, atol=2e-3)
 
 
 def test_intervals_are_seeded_and_shrink_with_the_root_of_the_streams():
