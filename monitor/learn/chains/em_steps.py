@@ -16,6 +16,9 @@ from midstream.learn.chains.filtering import (
     smooth,
 )
 
+_NEVER_ZERO = 1e-9
+"""Share of a probability that is left of it at least, however far it is extrapolated."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -135,9 +138,11 @@ def extrapolate(before: Parameters, now: Parameters, then: Parameters) -> Parame
     rows = []
     for table in _tables(now):
         values, point = point[: table.size].reshape(table.shape), point[table.size :]
+        values = np.maximum(values, _NEVER_ZERO * table)
         rows.append(values / values.sum(axis=1, keepdims=True))
     prior, transition, ends, emission, prompt_emission = rows
-    return Parameters(prior[0], transition, ends[:, 0], emission, prompt_emission)
+    ending = np.minimum(ends[:, 0], LARGEST_ENDING)
+    return Parameters(prior[0], transition, ending, emission, prompt_emission)
 
 
 def _tables(parameters: Parameters) -> tuple[Array, ...]:
