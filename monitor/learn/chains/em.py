@@ -37,7 +37,7 @@ from midstream.learn.chains.starts import assign_states
 from midstream.learn.chains.symbols import SymbolStream
 
 _ROUNDING = 1e-9  # relative decrease of the log posterior that fp64 sums may make
-_SHORT_RUN = 40
+_SHORT_RUN = 30
 
 
 class LikelihoodDecreasedError(ArithmeticError):
@@ -110,7 +110,7 @@ def fit_em(
 ) -> EmFit:
     """Fit a chain with latent transient states.
 
-    The starts are those of `midstream.learn.chains.starts`. All run for 40 iterations, and the
+    The starts are those of `midstream.learn.chains.starts`. All run for 30 iterations, and the
     best of them until it has converged (short-run EM, Biernacki, Celeux and Govaert 2003): until an
     iteration of EM gains less than ``tolerance``. Where EM is so slow that it keeps 99.9 % of the
     distance, 1e-5 nats leave 0.005 to be gained, and the parameters 0.1 standard errors from the
