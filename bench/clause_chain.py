@@ -9,6 +9,8 @@ prior's. What has ended or violated with it has nothing left to forecast and is 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from midstream.chain import Chain
@@ -97,7 +99,7 @@ def parse(dialogue: Dialogue) -> list[int]:
     first = dialogue.labels.first
     symbols, place = [], 0
     for clause in text.removesuffix(".").split(". "):
-        words = clause.replace(",", " ,").split()
+        words = tuple(clause.replace(",", " ,").split())
         place += len(words) + 1
         if 0 <= first < place:
             symbols.append(VIOLATED)
@@ -106,7 +108,8 @@ def parse(dialogue: Dialogue) -> list[int]:
     return symbols
 
 
-def _symbol(words: list[str], sealed: str) -> Symbol:
+@cache
+def _symbol(words: tuple[str, ...], sealed: str) -> Symbol:
     for number, clause in enumerate(grammar.CLAUSES):
         pieces = clause.text.split()[:-1]  # without the full stop
         if len(pieces) != len(words):

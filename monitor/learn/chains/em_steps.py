@@ -16,6 +16,9 @@ from midstream.learn.chains.filtering import (
     smooth,
 )
 
+_NEVER_ZERO = 1e-9
+"""Share of a probability that is left of it at least, however far it is extrapolated."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -82,16 +85,22 @@ def log_prior(parameters: Parameters, prior_count: float) -> float:
     if prior_count == 0:
         return 0.0
     k = len(parameters.prior) - 1
-    first = parameters.prior[:k] * (1 - parameters.ending[:k])
+    prior, transition, *others = _tables(parameters)
+    first = prior[:, :k] * (1 - parameters.ending[:k])
+    tables = (first / first.sum(), transition[:k], *others)
+    return float(sum(prior_count / rows.shape[1] * np.log(rows).sum() for rows in tables))
+
+
+def _tables(parameters: Parameters) -> tuple[Array, ...]:
+    """Rows that each are a distribution: prior, moves, ends or goes on, bins, prompt bins."""
     ends = np.stack([parameters.ending, 1 - parameters.ending], axis=1)
-    tables = (
-        (first / first.sum())[None],
-        parameters.transition[:k],
+    return (
+        parameters.prior[None],
+        parameters.transition,
         ends,
         parameters.emission,
         parameters.prompt_emission,
     )
-    return float(sum(prior_count / rows.shape[1] * np.log(rows).sum() for rows in tables))
 
 
 def uniform(states: int, bins: int, prompt_bins: int) -> Parameters:
@@ -135,21 +144,11 @@ def extrapolate(before: Parameters, now: Parameters, then: Parameters) -> Parame
     rows = []
     for table in _tables(now):
         values, point = point[: table.size].reshape(table.shape), point[table.size :]
+        values = np.maximum(values, _NEVER_ZERO * table)
         rows.append(values / values.sum(axis=1, keepdims=True))
     prior, transition, ends, emission, prompt_emission = rows
-    return Parameters(prior[0], transition, ends[:, 0], emission, prompt_emission)
-
-
-def _tables(parameters: Parameters) -> tuple[Array, ...]:
-    """Rows that each are a distribution: prior, moves, ends or goes on, bins, prompt bins."""
-    ends = np.stack([parameters.ending, 1 - parameters.ending], axis=1)
-    return (
-        parameters.prior[None],
-        parameters.transition,
-        ends,
-        parameters.emission,
-        parameters.prompt_emission,
-    )
+    ending = np.minimum(ends[:, 0], LARGEST_ENDING)
+    return Parameters(prior[0], transition, ending, emission, prompt_emission)
 
 
 def parameters_of(

@@ -27,7 +27,7 @@ Indices = NDArray[np.int64]
 LARGEST_ENDING = 1 - 1e-6
 """Largest ``c``: a stream that went on has to be somewhere."""
 
-_PART_TOKENS = 1 << 18  # tokens that are filtered together, which bounds the memory
+_PART_TOKENS = 1 << 14  # filtered together: what they need stays in the cache
 
 _UNKNOWN, _TRANSIENT, _VIOLATED = -1, 0, 1
 
@@ -192,6 +192,8 @@ class Filtered:
     ----------
     belief : float64 [E + N, K+1]
         P(state | all so far): first before the first token of each stream, then a row per token.
+    evidence : float64 [N, K+1]
+        P(bin and label of the token | state).
     scale : float64 [N]
         P(stream goes on, bin and label of the token | all before).
     log_likelihood : float64 [E]
@@ -199,6 +201,7 @@ class Filtered:
     """
 
     belief: Array
+    evidence: Array
     scale: Array
     log_likelihood: Array
 
@@ -213,6 +216,7 @@ def forward(parameters: Parameters, packed: PackedStreams) -> Filtered:
     """
     streams, begins = len(packed.index), packed.begins
     evidence, onward = parameters.evidence(packed), parameters.onward
+    ones = np.ones(len(onward))  # a product is the quickest sum of short rows
     belief = np.empty((streams + len(packed.bins), len(parameters.prior)))
     scale = np.empty(len(packed.bins))
     first = parameters.prior * parameters.prompt_emission.T[packed.prompt_bins]
@@ -222,7 +226,7 @@ def forward(parameters: Parameters, packed: PackedStreams) -> Filtered:
     for t, live in enumerate(packed.live):
         rows = slice(begins[t], begins[t + 1])
         moved = (now[:live] @ onward) * evidence[rows]
-        total = moved.sum(axis=1)
+        total = moved @ ones
         _check_possible(total, packed, t + 1)
         scale[rows] = total
         now = np.divide(moved, total[:, None], out=belief[streams:][rows])
@@ -233,7 +237,7 @@ def forward(parameters: Parameters, packed: PackedStreams) -> Filtered:
     some_token = np.log(parameters.prior @ (1 - parameters.ending))
     log_likelihood = np.log(first_scale) + np.log(last) - some_token
     log_likelihood += np.bincount(packed.stream, weights=np.log(scale), minlength=streams)
-    return Filtered(belief, scale, log_likelihood)
+    return Filtered(belief, evidence, scale, log_likelihood)
 
 
 def _ending(parameters: Parameters, packed: PackedStreams) -> Array:
@@ -272,22 +276,22 @@ class Smoothed:
 
 
 def smooth(parameters: Parameters, packed: PackedStreams) -> Smoothed:
-    """Forward-backward (Baum et al. 1970), the backward pass scaled to a maximum of one."""
+    """Forward-backward (Baum et al. 1970), the backward pass scaled to sum one."""
     filtered = forward(parameters, packed)
     streams, begins = len(packed.index), packed.begins
-    evidence, back = parameters.evidence(packed), parameters.onward.T
+    back, ones = parameters.onward.T, np.ones(len(parameters.prior))
     after = np.empty_like(filtered.belief)
     end = _ending(parameters, packed)
-    after[streams:][packed.last] = end / end.max(axis=1, keepdims=True)
+    after[streams:][packed.last] = end / (end @ ones)[:, None]
     for t in range(len(packed.live) - 1, -1, -1):
         rows, live = slice(begins[t], begins[t + 1]), packed.live[t]
         earlier = slice(streams + begins[t - 1], streams + begins[t - 1] + live)
-        seen = (evidence[rows] * after[streams:][rows]) @ back
-        after[earlier if t else slice(0, live)] = seen / seen.max(axis=1, keepdims=True)
+        seen = filtered.evidence[rows] * after[streams:][rows] @ back
+        np.divide(seen, (seen @ ones)[:, None], out=after[earlier if t else slice(0, live)])
     belief = filtered.belief * after
-    total = belief.sum(axis=1, keepdims=True)
+    total = (belief @ ones)[:, None]
     belief /= total
-    weighed = evidence * after[streams:] / (filtered.scale[:, None] * total[streams:])
+    weighed = filtered.evidence * after[streams:] / (filtered.scale[:, None] * total[streams:])
     moves = parameters.onward * (filtered.belief[packed.before].T @ weighed)
     return Smoothed(belief, moves, filtered.log_likelihood)
 

@@ -107,5 +107,4 @@ def _dated(part: PackedStreams, value: Array, violates: NDArray[np.bool_]) -> ND
     begins = np.full(len(part.index), len(part.live))
     candidates = np.flatnonzero((score == highest[stream]) & violates[stream] & (part.label != 0))
     np.minimum.at(begins, stream[candidates], token[candidates])
-
     return np.asarray(known | (token >= begins[stream]))
