@@ -59,6 +59,8 @@ def test_fit_show_and_forecast(case):
     assert (found["risk"]["3"]["low"], found["risk"]["3"]["high"]) == report.intervals.at(3)
     assert found["risk"]["40"]["low"] is None  # no interval is kept there
     assert found["expected_tokens"] == chain.expected_tokens().tolist()
+    of_x = json.loads(run("show", out / "chain-x.json", "--horizon", 3, "--json"))["risk"]["3"]
+    assert (of_x["low"], of_x["high"]) == report.categories["x"].intervals.at(3)
     assert "Risk by state" in run("show", out, "--plot", folder / "p.png")
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(run("show", folder / "bundle", "--json"))["states"] == bundle.chain.states

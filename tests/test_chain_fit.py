@@ -392,6 +392,8 @@ def test_a_fit_by_em_chooses_its_states_and_needs_no_labels_of_tokens():
 
 def test_what_does_not_go_together_is_refused():
     streams = [symbols([0, 1, 2], 2)]
+    with pytest.raises(ChainError, match="no stream given"):
+        fit_streams([], edges=[0.5])
     with pytest.raises(ChainError, match="by counts the bins are the states"):
         fit_streams(streams, edges=[0.5], states=3)
     with pytest.raises(ChainError, match="chains per category are fitted by counts"):

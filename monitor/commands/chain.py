@@ -186,9 +186,13 @@ def _load(path: Path) -> tuple[Chain, FitReport | None]:
         return load_bundle(path).chain, None
     chain = Chain.from_json(file.read_text(encoding="utf-8"), str(file))
     beside = file.with_name("fit.json")
-    if file.name != "chain.json" or not beside.exists():
+    if not beside.exists():
         return chain, None
-    return chain, FitReport.from_json(beside.read_text(encoding="utf-8"), str(beside))
+    report = FitReport.from_json(beside.read_text(encoding="utf-8"), str(beside))
+    of_category = {one.file: one.intervals for one in report.categories.values()}
+    if file.name in of_category:
+        return chain, report.model_copy(update={"intervals": of_category[file.name]})
+    return chain, report if file.name == "chain.json" else None
 
 
 def _summary(

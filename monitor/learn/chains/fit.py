@@ -205,6 +205,8 @@ def fit_streams(
     ChainError
         For what cannot be fitted; the message says why.
     """
+    if not streams:
+        raise ChainError("fit: no stream given")
     if by == "counts" and states is not None:
         raise ChainError("states: by counts the bins are the states; choose the edges instead")
     if by == "em" and categories:
