@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from midstream.commands.agents import check, fit
+from midstream.commands.chain import chain_app
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
@@ -47,6 +48,7 @@ agents_app = typer.Typer(
 agents_app.command("check")(check)
 agents_app.command("fit")(fit)
 app.add_typer(agents_app, name="agents")
+app.add_typer(chain_app, name="chain")
 
 
 def main() -> None:

@@ -6,18 +6,12 @@ import numpy as np
 
 from midstream.bundle import Bundle
 from midstream.chain import Chain
-from midstream.learn.chains.counts import ObservedStream, fit_by_counts
+from midstream.learn.chains.counts import fit_by_counts
+from midstream.learn.chains.observed import observe
 from midstream.learn.compare import read_logits
 from midstream.learn.methods.method import ReadOut
-from midstream.learn.tokens import Source, TrainingDataError
-from midstream.measure.evidence import evidence_curves
+from midstream.learn.tokens import Source
 from midstream.measure.recording import Recording, probes_hash
-
-# Edges of the chain's bins: quantiles of the cumulative log-hazard at tokens that do not violate,
-# the more of them the nearer to the violated ones, and of those. At most 14 states.
-_CALM_QUANTILES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-_VIOLATED_QUANTILES = (0.1, 0.25, 0.5, 0.75)
-_PROMPT_QUANTILES = (0.2, 0.4, 0.6, 0.8)
 
 UNFITTED = Chain(
     transition=[[0.5, 0.5], [0.0, 1.0]],
@@ -47,41 +41,12 @@ def fit_chain(bundle: Bundle, source: Source, hazard: str) -> Chain:
 
     Raises
     ------
-    TrainingDataError
+    ChainError
         When no response shows the hazard.
     """
-    tokens = source.tokens
-    recording = as_recording(bundle, source)
-    evidence = evidence_curves(recording, bundle).astype(np.float64)
-    center = bundle.bank.evidence_table().center.numpy()
-    hazards = np.logaddexp(0.0, evidence - center)
-    reads = np.array([probe.reads == "response" for probe in bundle.bank.heads])
-    column = tokens.column(hazard)
-    observed = []
-    for stream, outcome in enumerate(tokens.response_labels[:, column]):
-        rows = slice(int(recording.starts[stream]), int(recording.starts[stream + 1]))
-        response = recording.in_response[rows]
-        risk = hazards[rows][response][:, reads].sum(axis=1)
-        if outcome < 0 or not len(risk):
-            continue
-        shown = recording.labels[rows][response, column] == 1
-        if outcome and not shown.any():
-            shown[int(risk.argmax())] = True
-        prompt = hazards[rows][~response][-1:, ~reads].sum()
-        observed.append(ObservedStream(risk, np.maximum.accumulate(shown), True, float(prompt)))
-    if not any(stream.violated.any() for stream in observed):
-        raise TrainingDataError(f"{hazard!r}: no response to choose by shows it; give more that do")
-    risk = np.concatenate([stream.log_hazard for stream in observed])
-    violated = np.concatenate([stream.violated for stream in observed])
-    edges = np.concatenate(
-        [
-            np.quantile(risk[~violated], _CALM_QUANTILES),
-            np.quantile(risk[violated], _VIOLATED_QUANTILES),
-        ]
-    )
-    prompts = [stream.prompt_log_hazard for stream in observed]
-    prompt_edges = np.unique(np.quantile(prompts, [] if reads.all() else _PROMPT_QUANTILES))
-    return fit_by_counts(observed, np.unique(edges).tolist(), prompt_edges=prompt_edges.tolist())
+    observed = observe(as_recording(bundle, source), bundle, [hazard])
+    edges, prompt_edges = observed.edges()
+    return fit_by_counts(observed.streams, edges, prompt_edges=prompt_edges)
 
 
 def as_recording(bundle: Bundle, source: Source) -> Recording:

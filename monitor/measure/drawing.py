@@ -12,7 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 INK = "#0badca"  # stands for the text colour of the page
-_BLUE, _RED, _GREEN, _GREY = "#3f8fd2", "#e05252", "#2fa36b", "#8a8f98"  # legible on both grounds
+BLUE, RED, GREEN, GREY = "#3f8fd2", "#e05252", "#2fa36b", "#8a8f98"  # legible on both grounds
+
+STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and is small
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+"""Settings of matplotlib that all plots share."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,11 @@ def ranking(roc: Sequence[Any] | None, pr: Sequence[Any] | None, base_rate: floa
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         _square(left, "false-positive rate", "true-positive rate")
-        left.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
-        left.plot(*np.transpose(roc or [(0, 0)]), color=_BLUE)
+        left.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+        left.plot(*np.transpose(roc or [(0, 0)]), color=BLUE)
         _square(right, "recall", "precision")
-        right.axhline(base_rate, color=_GREY, linestyle=":", linewidth=1)
-        right.plot(*np.transpose(pr or [(0, 0)]), color=_BLUE)
+        right.axhline(base_rate, color=GREY, linestyle=":", linewidth=1)
+        right.plot(*np.transpose(pr or [(0, 0)]), color=BLUE)
 
     return _svg(draw, "ranking", (6.6, 3.2))
 
@@ -55,8 +67,8 @@ def operating(points: Sequence[Any], false_halts: float, recall: float) -> str:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         _square(axes, "false halts, share of safe responses", "halted, share of violating ones")
-        axes.plot(*np.transpose(points), color=_BLUE, label="threshold on the peak risk")
-        axes.plot([false_halts], [recall], "o", color=_RED, label="this tier", clip_on=False)
+        axes.plot(*np.transpose(points), color=BLUE, label="threshold on the peak risk")
+        axes.plot([false_halts], [recall], "o", color=RED, label="this tier", clip_on=False)
         axes.legend(frameon=False, loc="lower right")
 
     return _svg(draw, "operating", (3.6, 3.2))
@@ -68,10 +80,10 @@ def leaks(depths: Sequence[int], shares: Sequence[tuple[float, float, float]], n
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         value, low, high = np.transpose(shares)
-        axes.fill_between(depths, low, high, color=_BLUE, alpha=0.2, linewidth=0)
-        axes.plot(depths, value, color=_BLUE, marker="o", markersize=3)
+        axes.fill_between(depths, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        axes.plot(depths, value, color=BLUE, marker="o", markersize=3)
         if now in depths:
-            axes.axvline(now, color=_RED, linewidth=1, linestyle="--", label="this policy")
+            axes.axvline(now, color=RED, linewidth=1, linestyle="--", label="this policy")
             axes.legend(frameon=False)
         axes.set(xlabel="hold-back, tokens", ylabel="violating tokens that left, share")
         axes.set_ylim(bottom=0, top=max(0.01, float(high.max()) * 1.15))
@@ -89,9 +101,9 @@ def reliability(points: Sequence[dict[str, float]], horizon: int) -> str:
             [point[key] for point in points] for key in ("risk", "came_true", "tokens")
         )
         _square(top, "", f"violated within {horizon}" if horizon else "violated by now")
-        top.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
-        top.plot(risk, true, color=_BLUE, marker="o", markersize=4)
-        bottom.bar(risk, tokens, width=0.06, color=_BLUE, alpha=0.6)
+        top.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+        top.plot(risk, true, color=BLUE, marker="o", markersize=4)
+        bottom.bar(risk, tokens, width=0.06, color=BLUE, alpha=0.6)
         bottom.set(yscale="log", ylabel="tokens", xlabel="risk said")
         bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         bottom.yaxis.set_minor_formatter(lambda value, _: "")
@@ -107,8 +119,8 @@ def timing(offsets: Sequence[int]) -> str:
         low, high = min(*offsets, 0), max(*offsets, 0)
         width = max(1, round((high - low + 1) / 30))
         edges = np.arange(low // width * width, high + width + 1, width) - 0.5
-        axes.hist(offsets, bins=edges, color=_BLUE, alpha=0.75)
-        axes.axvline(0, color=_RED, linewidth=1, linestyle="--", label="violating token")
+        axes.hist(offsets, bins=edges, color=BLUE, alpha=0.75)
+        axes.axvline(0, color=RED, linewidth=1, linestyle="--", label="violating token")
         axes.set(xlabel="halt, tokens after the violating token", ylabel="responses")
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
@@ -122,13 +134,13 @@ def risk_curves(curves: Sequence[RiskCurve], threshold: float) -> str:
     def draw(figure: Any) -> None:
         for axes, curve in zip(np.atleast_1d(figure.subplots(len(curves), 1)), curves, strict=True):
             position = np.arange(-1, len(curve.risk) - 1)
-            axes.plot(position, curve.risk, color=_BLUE, linewidth=1.4, label="risk")
-            axes.axhline(threshold, color=_GREY, linewidth=1, linestyle=":", label="threshold")
+            axes.plot(position, curve.risk, color=BLUE, linewidth=1.4, label="risk")
+            axes.axhline(threshold, color=GREY, linewidth=1, linestyle=":", label="threshold")
             if curve.violates_at is not None:
-                axes.axvline(curve.violates_at, color=_RED, linewidth=1.4, label="violating token")
+                axes.axvline(curve.violates_at, color=RED, linewidth=1.4, label="violating token")
             if curve.halted_at is not None:
                 axes.axvline(
-                    curve.halted_at, color=_GREEN, linewidth=1.4, linestyle="--", label="halt"
+                    curve.halted_at, color=GREEN, linewidth=1.4, linestyle="--", label="halt"
                 )
             axes.set(ylim=(-0.02, 1.05), yticks=(0, 0.5, 1), ylabel="risk")
             axes.set_title(_short(curve.title, 90), loc="left")
@@ -183,15 +195,8 @@ def _svg(draw: Callable[[Any], None], name: str, size: tuple[float, float]) -> s
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'midstream[plot]'") from error
     settings: Any = {
-        "text.parse_math": False,  # a dollar sign in a name is no formula
-        "svg.fonttype": "none",  # text stays text: it can be read aloud, searched, and is small
+        **STYLE,
         "svg.hashsalt": name,
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "legend.fontsize": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
         **dict.fromkeys(
             ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
         ),

@@ -90,7 +90,8 @@ def judge(
 ) -> Iterator[JudgedPart]:
     """Do what `rejudge` does part by part, in constant memory."""
     policy = policy or bundle.policy
-    _check_fits(recording, bundle, policy)
+    check_probes(recording, bundle)
+    _check_segments(policy)
     chain = replace(bundle, chain=chain or bundle.chain, policy=policy).chain  # checks that it fits
     policy_rows = _policy_rows(recording, policy, tier)
     bank = bundle.bank
@@ -132,8 +133,8 @@ def judge(
         )
 
 
-def _check_fits(recording: Recording, bundle: Bundle, policy: Policy) -> None:
-    """Refuse what could not be judged as it was, with a RecordingError."""
+def check_probes(recording: Recording, bundle: Bundle) -> None:
+    """Refuse a recording of other probes than the bundle's, with a RecordingError."""
     ours = probes_hash(bundle.bank)
     if recording.probes != bundle.bank.names or recording.probes_hash != ours:
         raise RecordingError(
@@ -142,6 +143,9 @@ def _check_fits(recording: Recording, bundle: Bundle, policy: Policy) -> None:
             f"({ours}). Their logits are others: record the streams anew, or give a bundle with "
             "the same probes"
         )
+
+
+def _check_segments(policy: Policy) -> None:
     if policy.segments:
         raise RecordingError(
             f"the policy has segments ({', '.join(policy.segments)}), and a recording does not say "

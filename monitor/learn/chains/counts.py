@@ -90,21 +90,6 @@ class Counts:
             "prompt_emission": self.first,
         }
 
-    def log_likelihood(self, chain: Chain) -> float:
-        """Log-probability of streams with these counts under a chain, natural log.
-
-        Of states, ends, bins and prompts together; ``-inf`` where something was seen that the chain
-        rules out.
-        """
-        ending = np.stack([chain.ending, 1 - np.array(chain.ending)], axis=1)
-        chances = {**chain.model_dump(), "ending": ending, "prior": [chain.prior]}
-        total = 0.0
-        for name, counts in self.tables().items():
-            seen = counts > 0
-            with np.errstate(divide="ignore"):
-                total += float((counts[seen] * np.log(np.asarray(chances[name])[seen])).sum())
-        return total
-
 
 def count(streams: Sequence[SymbolStream], states: int, *, prompt_bins: int = 1) -> Counts:
     """Count moves, ends, bins and prompts of streams whose states are their bins. O(tokens).
