@@ -22,7 +22,7 @@ HORIZONS = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 _LEVELS = 200
 _HOLD_LEVELS = 40
-_DIGITS = 4
+_HORIZONS_WITH_HOLD = 3
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def choose_thresholds(
 ) -> Choice:
     """Find the horizon and the levels that cost least on these streams.
 
-    ``halt_at`` alone is swept in full over 200 levels per horizon; then ``hold_at`` and ``halt_at``
-    in turn, from the best, which finds no worse a pair but not always the best. Linear in tokens,
-    some 500 passes over them per horizon.
+    ``halt_at`` alone is swept over some 200 levels at every horizon. At the three best of these
+    ``hold_at`` and ``halt_at`` then move in turn, which finds no worse a pair but not always the
+    best. Linear in tokens, some 400 passes over them.
     """
     levels = _levels(streams, risk)
     sweep, best = {}, []
@@ -169,8 +169,8 @@ def choose_thresholds(
         only = Thresholds(horizon=horizon, halt_at=halt_at)
         best.append((float(sweep[horizon].min()), only))
     halting_only = min(best, key=_cost)[1]
-    for horizon, curve in risk.items():
-        cost, thresholds = next(pair for pair in best if pair[1].horizon == horizon)
+    for cost, thresholds in sorted(best, key=_cost)[:_HORIZONS_WITH_HOLD]:
+        curve = risk[thresholds.horizon]
         best.append(_with_hold(streams, stakes, curve, costs, levels, cost, thresholds))
     cost, thresholds = min(best, key=_cost)
     return Choice(thresholds, cost, halting_only, levels, sweep)
@@ -204,14 +204,14 @@ def _with_hold(
     cost: float,
     thresholds: Thresholds,
 ) -> tuple[float, Thresholds]:
-    """Lower hold_at below halt_at where that pays, then move either once more."""
+    """Hold at what halted, and halt above; then move either level in turn, where that pays."""
     some = levels[:: max(1, len(levels) // _HOLD_LEVELS)]
-    horizon = thresholds.horizon
-    for moves in ("hold_at", "halt_at", "hold_at"):
+    horizon, halted_at = thresholds.horizon, thresholds.halt_at
+    for moves in ("halt_at", "hold_at", "halt_at", "hold_at"):
         for level in some.tolist():
             halt_at = level if moves == "halt_at" else thresholds.halt_at
-            hold_at = level if moves == "hold_at" else thresholds.hold_at
-            if hold_at is None or hold_at >= halt_at:
+            hold_at = level if moves == "hold_at" else thresholds.hold_at or halted_at
+            if hold_at >= halt_at:
                 continue
             tried = Thresholds(horizon=horizon, halt_at=halt_at, hold_at=hold_at)
             price = Price.of(streams, stakes, threshold_verdicts(streams, risk, tried))
@@ -228,10 +228,9 @@ def _levels(streams: Streams, risk: Mapping[int, Array]) -> Array:
     for curve in risk.values():
         peaks = np.maximum.reduceat(curve, streams.starts[:-1])
         parts += [np.quantile(peaks, share), np.quantile(curve, share)]
-    joined = np.concatenate(parts)
-    scale = 10.0 ** (np.floor(np.log10(np.maximum(joined, 1e-12))) + 1 - _DIGITS)
     # what is written down is what was tried; at 0 the prompt itself would halt every stream
-    return np.unique(np.clip(np.round(joined / scale) * scale, 1e-9, 1.0))
+    some = np.unique(np.clip(np.concatenate(parts), 1e-9, 1.0)).tolist()
+    return np.unique([float(f"{level:.4g}") for level in some])
 
 
 def _last_best(costs: Array) -> int:
