@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from midstream.commands.chain_stop import stop
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
@@ -39,6 +40,9 @@ for command in COMMANDS:
 testbed_app.command("build")(build_testbed)
 testbed_app.command("sample")(sample_testbed)
 app.add_typer(testbed_app, name="testbed")
+chain_app = typer.Typer(help="The absorbing chain.", no_args_is_help=True)
+chain_app.command("stop")(stop)
+app.add_typer(chain_app, name="chain")
 
 
 def main() -> None:

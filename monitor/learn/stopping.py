@@ -341,7 +341,5 @@ def _sparse() -> Any:
     try:
         from scipy import sparse
     except ImportError as error:
-        raise ImportError(
-            "optimal stopping needs scipy: pip install 'midstream[learn]'"
-        ) from error
+        raise ImportError("optimal stopping needs scipy: pip install 'midstream[learn]'") from error
     return sparse

@@ -12,7 +12,6 @@ from midstream.chain import Array, Chain
 from midstream.kernels.tables import Verdict
 from midstream.learn.stopping import Costs, StoppingPolicy
 from midstream.learn.stopping_streams import UNSCORED, Stakes, Streams
-from midstream.measure.halting import NEVER
 from midstream.policy import Thresholds
 
 Verdicts = NDArray[np.uint8]

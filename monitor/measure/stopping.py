@@ -29,7 +29,7 @@ from midstream.learn.stopping_streams import (
     recorded,
     simulate,
 )
-from midstream.measure.bootstrap import Bootstrap, Figure, mean
+from midstream.measure.bootstrap import Bootstrap, Figure, mean, ratio
 from midstream.policy import Policy, Provenance, Thresholds
 
 if TYPE_CHECKING:
@@ -229,18 +229,18 @@ def _priced(
     """
     bootstrap, every = Bootstrap(), np.ones(len(streams), np.bool_)
     known = Stakes.known(streams)
-    safe = stakes.harmless[streams.starts[:-1]]
+    known_safe, safe = streams.safe, stakes.harmless[streams.starts[:-1]]
 
     def figure(values: Array) -> dict[str, Any]:
         return _plain(bootstrap.figure(mean(values, every), len(streams), n=len(streams)))
 
-    def share(part: Array, whole: Array) -> dict[str, Any]:
-        def statistic(counts: Array) -> Array:
-            below = counts @ whole
-            undefined = np.full(len(below), np.nan)
-            return np.divide(counts @ part, below, out=undefined, where=below > 0)
-
-        return _plain(bootstrap.figure(statistic, len(streams), n=len(streams)))
+    def share(part: Any, whole: Any) -> dict[str, Any]:
+        part, whole = part.astype(np.float64), whole.astype(np.float64)
+        return _plain(
+            bootstrap.figure(
+                lambda counts: ratio(counts @ part, counts @ whole), len(streams), n=len(streams)
+            )
+        )
 
     rows: dict[str, Any] = {}
     best: Array | None = None
@@ -252,7 +252,7 @@ def _priced(
             "cost": figure(cost),
             "above_optimal": figure(cost - best),
             "false_halts": share(price.false_halt, safe),
-            "violating_halted": share(price.halted - price.false_halt, 1 - safe),
+            "violating_halted": share(price.halted & ~known_safe, ~known_safe),
             "leaked_tokens": figure(price.leaked),
             "held_tokens": figure(price.held.astype(np.float64)),
         }
