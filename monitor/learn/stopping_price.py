@@ -178,16 +178,19 @@ def choose_thresholds(
 def costs_of_halting(
     streams: Streams, stakes: Stakes, risk: Array, levels: Array, costs: Costs
 ) -> Array:
-    """Mean cost of halting at each level, and never holding, [L]. O(N + L E log N)."""
-    owner = np.repeat(np.arange(len(streams)), np.diff(streams.starts))
-    scored = np.where(streams.bins == UNSCORED, 0.0, risk)
-    peaks = np.maximum.accumulate(scored + 2.0 * owner)  # one running maximum serves all streams
+    """Mean cost of halting at each level, and never holding, [L]. O(N log N + L E log N)."""
+    values, rank = np.unique(risk, return_inverse=True)
+    stream = np.arange(len(streams)) * (len(values) + 1)
+    # ranks of one stream lie below those of the next, so one running maximum serves them all
+    ranks = np.where(streams.bins == UNSCORED, 0, rank + 1)
+    peaks = np.maximum.accumulate(ranks + np.repeat(stream, np.diff(streams.starts)))
     begin, end = streams.starts[:-1], streams.starts[1:]
     leaves = np.where(streams.first_rows, 0.0, stakes.violated)
     leaked = np.append(0.0, leaves.cumsum())
     found = np.empty(len(levels))
     for at, level in enumerate(levels):
-        halt = np.minimum(np.searchsorted(peaks, level + 2.0 * np.arange(len(streams))), end)
+        reached = stream + np.searchsorted(values, level) + 1
+        halt = np.minimum(np.searchsorted(peaks, reached), end)
         false = stakes.harmless[halt[halt < end]].sum()
         left = (leaked[halt] - leaked[begin]).sum()
         found[at] = (costs.false_halt * false + costs.leak * left) / len(streams)

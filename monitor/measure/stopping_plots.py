@@ -40,6 +40,7 @@ def cost_by_threshold(study: Study, suffix: str = "svg") -> bytes:
     axes.axhline(least, color="black", linewidth=1, label=f"optimal policy, {least:.3g}")
     oracle = policies[ORACLE]["cost"]["value"]
     axes.axhline(oracle, color="#2fa36b", linestyle="--", label=f"sees the state, {oracle:g}")
+    low = min(0.1, choice.levels[choice.levels > 1e-5].min())  # a log axis needs a decade
     marks = {SUGGESTED: (choice.thresholds, "o", "#e05252"), SHIPPED: (study.shipped, "s", "black")}
     top = 4 * max(lowest, least)
     for name, (thresholds, marker, colour) in marks.items():
@@ -47,9 +48,9 @@ def cost_by_threshold(study: Study, suffix: str = "svg") -> bytes:
             cost = policies[name]["cost"]["value"]
             held = "" if thresholds.hold_at is None else f", hold at {thresholds.hold_at:g}"
             label = f"{name}: {thresholds.halt_at:g}{held}, {cost:.3g}"
-            axes.plot(thresholds.halt_at, cost, marker, color=colour, label=label, clip_on=False)
+            at = max(thresholds.halt_at, low)
+            axes.plot(at, cost, marker, color=colour, label=label, clip_on=False)
             top = max(top, 1.2 * cost)
-    low = choice.levels[choice.levels > 1e-5].min()
     axes.set(
         xscale="log", xlim=(low, 1), ylim=(-0.03 * top, top),
         xlabel="halt_at", ylabel="cost per stream",
@@ -134,7 +135,7 @@ def _by_risk(axes: Any, study: Study) -> None:
     halts = np.where(study.verdicts == Verdict.HALT, rows, len(rows))
     halt = np.minimum.reduceat(halts, streams.starts[:-1])
     reached = rows <= np.repeat(halt, np.diff(streams.starts))
-    lowest = max(1e-6, float(np.quantile(risk[reached], 0.01)))
+    lowest = float(np.clip(np.quantile(risk[reached], 0.01), 1e-6, 0.1))
     edges = np.geomspace(lowest, 1.0, 41)
     place = np.clip(np.searchsorted(edges, risk[reached], side="right") - 1, 0, len(edges) - 2)
     counts = np.zeros((len(edges) - 1, len(Verdict)))
