@@ -235,6 +235,30 @@ def test_a_short_tree_of_evidence_is_solved_to_the_brute_force_optimum(rng):
     assert policy.value == pytest.approx(exact, abs=0.01 * exact + cut)
 
 
+def test_what_waits_is_counted_and_leaks_when_it_is_let_go(rng):
+    """Against the joint chance of state and of 0 ... 6 violating tokens that wait, as a table."""
+    chain, costs = random_latent(rng, 2, 3), random_costs(rng)
+    joint = np.zeros((3, 9))
+    joint[:2, 0] = rng.dirichlet(np.ones(2)) * 0.6
+    joint[2, :7] = rng.dirichlet(np.ones(7)) * 0.4
+    c, a, counts = np.array(chain.ending), np.array(chain.transition), np.arange(9)
+    after = np.einsum("sm,s,st->tm", joint, 1 - c, a)
+    after[2] = np.roll(after[2], 1)
+
+    policy = solve(chain, costs, points=500)
+    belief = joint.sum(axis=1)[None]
+    waiting = np.array([joint[2] @ counts / joint[2].sum()])
+    following = policy.grid.waiting_next(belief, waiting)
+    np.testing.assert_allclose(following, after[2] @ counts / after[2].sum())
+    now = policy.action_values(belief, waiting)[0]
+    nothing = policy.action_values(belief, np.zeros(1))[0]
+    assert now[CONTINUE] - nothing[CONTINUE] == pytest.approx(costs.leak * (joint[2] @ counts))
+    assert now[HALT] == pytest.approx(costs.false_halt * (belief[0] @ never_violates(chain)))
+    # what waits longer has more to lose
+    many = policy.action_values(belief, waiting + 10)[0]
+    assert nothing[HOLD] <= now[HOLD] <= many[HOLD]
+
+
 def test_the_grid_bounds_the_least_cost_from_below_and_comes_closer_with_more_points(rng):
     chain, costs = random_latent(rng, 2, 3), random_costs(rng)
     values = [solve(chain, costs, points=points).value for points in (60, 600, 6000)]
