@@ -16,7 +16,8 @@ from midstream.chain import Chain, SingularChainError
 from midstream.cli import app
 from midstream.holdback import HoldBack
 from midstream.kernels.tables import Verdict
-from midstream.learn.stopping import BeliefGrid, Costs, StoppingError, never_violates, solve
+from midstream.learn.stopping import Costs, never_violates, solve
+from midstream.learn.stopping_beliefs import BeliefGrid, StoppingError
 from midstream.learn.stopping_grid import EdgeGrid, SimplexGrid
 from midstream.learn.stopping_price import (
     Price,

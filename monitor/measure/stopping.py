@@ -10,7 +10,8 @@ import numpy as np
 
 from midstream.chain import Array, Chain
 from midstream.kernels.tables import Verdict
-from midstream.learn.stopping import POINTS, Costs, StoppingPolicy, solve
+from midstream.learn.stopping import Costs, StoppingPolicy, solve
+from midstream.learn.stopping_beliefs import POINTS
 from midstream.learn.stopping_price import (
     HORIZONS,
     Choice,
