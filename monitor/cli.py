@@ -9,8 +9,8 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from midstream.commands.agents import check, fit
-from midstream.commands.chain import chain_app
+from midstream.commands import agents, chain, testbed
+from midstream.commands.chain_stop import stop
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
@@ -19,7 +19,6 @@ from midstream.commands.inspect import inspect
 from midstream.commands.record import record
 from midstream.commands.replay import replay
 from midstream.commands.score import score
-from midstream.commands.testbed import build_testbed, sample_testbed
 from midstream.commands.train import train
 from midstream.commands.watch import watch
 
@@ -31,24 +30,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-testbed_app = typer.Typer(
-    help="The testbed: a small language whose rule, model and Bayes oracle are known.",
-    no_args_is_help=True,
-)
 COMMANDS = (demo, watch, score, collect, train, evaluate, record, replay, inspect, doctor)
+GROUPS = {
+    "chain": (
+        "The absorbing chain: fit it, look at it, see how well it forecasts, and where to stop.",
+        {"fit": chain.fit, "show": chain.show, "forecast": chain.forecast, "stop": stop},
+    ),
+    "agents": (
+        "Agents: risk levels of their steps, and the chance that they violate within the next.",
+        {"check": agents.check, "fit": agents.fit},
+    ),
+    "testbed": (
+        "The testbed: a small language whose rule, model and Bayes oracle are known.",
+        {"build": testbed.build_testbed, "sample": testbed.sample_testbed},
+    ),
+}
 for command in COMMANDS:
     app.command()(command)
-testbed_app.command("build")(build_testbed)
-testbed_app.command("sample")(sample_testbed)
-app.add_typer(testbed_app, name="testbed")
-agents_app = typer.Typer(
-    help="Agents: risk levels of their steps, and the chance that they violate within the next.",
-    no_args_is_help=True,
-)
-agents_app.command("check")(check)
-agents_app.command("fit")(fit)
-app.add_typer(agents_app, name="agents")
-app.add_typer(chain_app, name="chain")
+for group, (purpose, commands) in GROUPS.items():
+    group_app = typer.Typer(help=purpose, no_args_is_help=True)
+    for name, function in commands.items():
+        group_app.command(name)(function)
+    app.add_typer(group_app, name=group)
 
 
 def main() -> None:

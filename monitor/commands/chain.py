@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from midstream.chain import Chain
     from midstream.learn.chains.fit import FitReport
 
-chain_app = typer.Typer(
-    help="The absorbing chain: fit it, look at it, see how well it forecasts.",
-    no_args_is_help=True,
-)
 
 _MOVES = 3
 """Of the moves from a state so many are shown, the likeliest; --json has all."""
@@ -33,7 +29,6 @@ Hazards = Annotated[
 ]
 
 
-@chain_app.command()
 def fit(
     recording: Recordings,
     out: Annotated[Path, typer.Option(help="New folder for chain.json, fit.json and plots.")],
@@ -83,7 +78,6 @@ def fit(
     console.print(f"wrote {out}", highlight=False, markup=False)
 
 
-@chain_app.command()
 def show(
     chain: Annotated[Path, typer.Argument(help="A chain.json, or a folder with one: a bundle.")],
     horizon: Annotated[
@@ -119,7 +113,6 @@ def show(
         console.print(part)
 
 
-@chain_app.command()
 def forecast(
     recording: Recordings,
     out: Annotated[Path, typer.Option(help="New folder for forecast.json and plots.")],
