@@ -126,9 +126,7 @@ def brier(risks: Sequence[Floats], wanted: Sequence[NDArray[np.bool_]]) -> float
     return float(error.sum() / count.sum())
 
 
-def reliability(
-    risks: Sequence[Floats], wanted: Sequence[NDArray[np.bool_]]
-) -> dict[str, Any]:
+def reliability(risks: Sequence[Floats], wanted: Sequence[NDArray[np.bool_]]) -> dict[str, Any]:
     """Wald statistic of ten groups of like risk, robust to the dependence within a stream.
 
     Each stream's sums of outcome less risk have mean 0 in every group if the forecasts are
