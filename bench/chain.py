@@ -1,6 +1,6 @@
 """Does EM recover the testbed's chain, and are its forecasts as good as with the true one?
 
-    python bench/chain.py [--seeds 5] [--held-out 10000] [--responses 2000]
+    python bench/chain.py [--seeds 4] [--held-out 10000] [--responses 2000]
 
 At the clock of clauses (`clause_chain`) the chain is known, so `em_error_slope` is that of the log
 error of the recovered moves over the log number of streams, -1/2 at the parametric rate; one slope
@@ -187,6 +187,7 @@ def clauses(seeds: int, held_out: int) -> dict[str, Any]:
         bins=clause_chain.BINS,
         prompt_bins=clause_chain.PROMPT_BINS,
         restarts=4,
+        max_iterations=100,
     )
     return {
         "em_error_slope": slopes(SIZES, errors),
@@ -311,7 +312,7 @@ def tokens(responses: int) -> dict[str, Any]:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Times that everything is fitted anew.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Times that everything is fitted anew.")] = 4,
     held_out: Annotated[int, typer.Option(help="Dialogues that forecasts are judged on.")] = 10000,
     responses: Annotated[int, typer.Option(help="Of the testbed's model.")] = 2000,
 ) -> None:
