@@ -1,14 +1,13 @@
 """Does EM recover the testbed's chain, and are its forecasts as good as with the true one?
 
-    python bench/chain.py [--seeds 5] [--held-out 10000] [--responses 2000]
+    python bench/chain.py [--seeds 4] [--held-out 10000] [--responses 2000]
 
 At the clock of clauses (`clause_chain`) the chain is known, so `em_error_slope` is that of the log
 error of the recovered moves over the log number of streams, -1/2 at the parametric rate; one slope
 per seed, with a t interval over seeds. The chains fitted on the most streams then forecast held-out
 ones from the text's symbols, what a Bayes oracle of this clock sees: `forecast_brier_vs_oracle` is
-their Brier score over that of the true chain. Reliability is judged on one random forecast per
-stream, so that they are independent (Hosmer and Lemeshow 1980, ten groups of equal size; ten
-degrees of freedom, since nothing was fitted on these streams).
+their Brier score over that of the true chain. Their reliability is judged in ten groups of equal
+size, as Hosmer and Lemeshow (1980) do, with the sampling error of whole streams.
 
 At the clock of tokens the probes of the shipped bundle read what the testbed's model writes; there
 EM with few latent states is compared with counts over the bins, and with the oracle of the text.
@@ -127,28 +126,35 @@ def brier(risks: Sequence[Floats], wanted: Sequence[NDArray[np.bool_]]) -> float
     return float(error.sum() / count.sum())
 
 
-def reliability(
-    risks: Sequence[Floats], wanted: Sequence[NDArray[np.bool_]], seed: int
-) -> dict[str, Any]:
-    """Hosmer and Lemeshow's statistic on one random forecast per stream, with its table."""
-    rng = np.random.default_rng(seed)
-    at = [int(rng.integers(len(want))) for want in wanted]
-    risk = np.array([r[i] for r, i in zip(risks, at, strict=True)])
-    outcome = np.array([w[i] for w, i in zip(wanted, at, strict=True)])
-    groups = np.array_split(np.argsort(risk, kind="stable"), GROUPS)
-    statistic, table = 0.0, []
-    for group in groups:
-        expected, seen = risk[group].sum(), int(outcome[group].sum())
-        statistic += (seen - expected) ** 2 / (risk[group] * (1 - risk[group])).sum()
-        table.append(
-            {"forecasts": len(group), "mean_risk": expected / len(group), "violated": seen}
-        )
-    return {
-        "chi_square": float(statistic),
-        "degrees": GROUPS,
-        "p": float(chi2.sf(statistic, GROUPS)),
-        "table": table,
-    }
+def reliability(risks: Sequence[Floats], wanted: Sequence[NDArray[np.bool_]]) -> dict[str, Any]:
+    """Wald statistic of ten groups of like risk, robust to the dependence within a stream.
+
+    Each stream's sums of outcome less risk have mean 0 in every group if the forecasts are
+    calibrated, since which group a forecast is in is known when it is made; streams are
+    independent, so their sums of squares estimate the covariance.
+    """
+    lengths = [len(want) for want in wanted]
+    risk = np.concatenate([r[:n] for r, n in zip(risks, lengths, strict=True)])
+    outcome = np.concatenate(wanted)
+    group = np.empty(len(risk), dtype=np.int64)
+    for g, rows in enumerate(np.array_split(np.argsort(risk, kind="stable"), GROUPS)):
+        group[rows] = g
+    stream = np.repeat(np.arange(len(wanted)), lengths)
+    excess = np.zeros((len(wanted), GROUPS))
+    np.add.at(excess, (stream, group), outcome - risk)
+    total = excess.sum(axis=0)
+    statistic = float(total @ np.linalg.solve(excess.T @ excess, total))
+    table = [
+        {
+            "forecasts": int((group == g).sum()),
+            "mean_risk": float(risk[group == g].mean()),
+            "violated": float(outcome[group == g].mean()),
+            "standard_error": float((excess[:, g] ** 2).sum() ** 0.5 / (group == g).sum()),
+        }
+        for g in range(GROUPS)
+    ]
+    p = float(chi2.sf(statistic, GROUPS))
+    return {"chi_square": statistic, "degrees": GROUPS, "p": p, "table": table}
 
 
 def clauses(seeds: int, held_out: int) -> dict[str, Any]:
@@ -181,6 +187,7 @@ def clauses(seeds: int, held_out: int) -> dict[str, Any]:
         bins=clause_chain.BINS,
         prompt_bins=clause_chain.PROMPT_BINS,
         restarts=4,
+        max_iterations=100,
     )
     return {
         "em_error_slope": slopes(SIZES, errors),
@@ -190,8 +197,8 @@ def clauses(seeds: int, held_out: int) -> dict[str, Any]:
         "brier": {h: {"fitted": float(np.mean(ours[h])), "true": oracle[h]} for h in HORIZONS},
         "reliability": {
             "horizon": HEADLINE,
-            "fitted": [reliability(f[HEADLINE], wanted[HEADLINE], 5) for f in fitted],
-            "true": reliability(true_risks[HEADLINE], wanted[HEADLINE], 5),
+            "fitted": [reliability(f[HEADLINE], wanted[HEADLINE]) for f in fitted],
+            "true": reliability(true_risks[HEADLINE], wanted[HEADLINE]),
         },
         "choice": {
             "streams": len(small),
@@ -290,7 +297,7 @@ def tokens(responses: int) -> dict[str, Any]:
             "brier": float(error.sum() / count.sum()),
             "better_than_counts": float(better.mean()),
             "standard_error": float(better.std(ddof=1) / len(better) ** 0.5),
-            "reliability_p": reliability(curves, wanted, 5)["p"],
+            "reliability_p": reliability(curves, wanted)["p"],
         }
         if name in chains:
             likelihood = log_likelihood(chains[name], judge)
@@ -305,7 +312,7 @@ def tokens(responses: int) -> dict[str, Any]:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Times that everything is fitted anew.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Times that everything is fitted anew.")] = 4,
     held_out: Annotated[int, typer.Option(help="Dialogues that forecasts are judged on.")] = 10000,
     responses: Annotated[int, typer.Option(help="Of the testbed's model.")] = 2000,
 ) -> None:

@@ -38,6 +38,7 @@ from midstream.learn.chains.symbols import SymbolStream
 
 _ROUNDING = 1e-9  # relative decrease of the log posterior that fp64 sums may make
 _SHORT_RUN = 30
+_RUN_ON = 4  # the best after a short run alone missed the best of all by 8 nats once in 25 fits
 
 
 class LikelihoodDecreasedError(ArithmeticError):
@@ -111,7 +112,7 @@ def fit_em(
     """Fit a chain with latent transient states.
 
     The starts are those of `midstream.learn.chains.starts`. All run for 30 iterations, and the
-    best of them until it has converged (short-run EM, Biernacki, Celeux and Govaert 2003): until an
+    best four until they have converged (short-run EM, Biernacki, Celeux and Govaert 2003): until an
     iteration of EM gains less than ``tolerance``. Where EM is so slow that it keeps 99.9 % of the
     distance, 1e-5 nats leave 0.005 to be gained, and the parameters 0.1 standard errors from the
     maximum.
@@ -157,8 +158,10 @@ def fit_em(
         run = _Run(start, parameters_of(packed, assigned, shapes), packed, prior_count)
         run.go(min(_SHORT_RUN, max_iterations), tolerance)
         runs.append(run)
-    best = max(runs, key=lambda run: run.log_posteriors[-1])
-    best.go(max_iterations, tolerance)
+    runs_on = sorted(runs, key=lambda run: run.log_posteriors[-1])[-_RUN_ON:]
+    for run in runs_on:
+        run.go(max_iterations, tolerance)
+    best = max(runs_on, key=lambda run: run.log_posteriors[-1])
     chain = _chain(
         best.now.parameters,
         edges,
