@@ -6,6 +6,8 @@ that ``watch`` showed was halted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 from rich.console import Console
 
@@ -31,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (demo, watch, score, collect, train, evaluate, record, replay, inspect, doctor)
-GROUPS = {
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "chain": (
         "The absorbing chain: fit it, look at it, see how well it forecasts, and where to stop.",
         {"fit": chain.fit, "show": chain.show, "forecast": chain.forecast, "stop": stop},
