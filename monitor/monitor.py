@@ -10,7 +10,7 @@ read nothing back, and allocate nothing once the row buffer is large enough
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,14 @@ class Monitor:
         finally:
             self._user.release()
 
-    def admit(self, stream: str, prompt_tokens: int, tier: str | None = None) -> int:
+    def admit(
+        self,
+        stream: str,
+        prompt_tokens: int,
+        tier: str | None = None,
+        *,
+        prior: Sequence[float] | None = None,
+    ) -> int:
         """Give a stream a slot, re-initialised completely.
 
         Parameters
@@ -166,6 +173,9 @@ class Monitor:
             Tokens before the first one to be generated. 0 scores a given text from its first token.
         tier : str, optional
             Strictness asked for by the request.
+        prior : sequence of float [K+1], optional
+            Belief before the prompt's own evidence is weighed in, such as the one that a turn gate
+            carries over from earlier turns; the chain's prior when not given.
 
         Returns
         -------
@@ -177,12 +187,15 @@ class Monitor:
         NoFreeSlotError
         PolicyError
             For an unknown tier or one looser than the policy allows.
+        ValueError
+            For a prior that is no distribution over the chain's states.
         """
         if not 0 <= prompt_tokens < MAX_POSITION:
             raise ValueError(
                 f"prompt_tokens: expected 0 to {MAX_POSITION - 1}, got {prompt_tokens}"
             )
         chosen = self.policy.tier_for(tier)
+        start = self._chain.prior if prior is None else self._prior(prior)
         if not self._free:
             raise NoFreeSlotError(
                 f"stream {stream!r}: all {len(self._admitted)} slots are taken; retire streams, "
@@ -190,7 +203,7 @@ class Monitor:
             )
         slot = self._free.pop()
         row = self.policy.row(chosen)
-        self.slots.admit(slot, start=prompt_tokens, policy=row, prior=self._chain.prior)
+        self.slots.admit(slot, start=prompt_tokens, policy=row, prior=start)
         self._admitted[slot] = _Admitted(stream, chosen, prompt_tokens)
         return slot
 
@@ -322,6 +335,17 @@ class Monitor:
         if slot not in self._admitted:
             raise KeyError(f"slot {slot} holds no stream; admitted are {sorted(self._admitted)}")
         return self._admitted[slot]
+
+    def _prior(self, belief: Sequence[float]) -> Tensor:
+        prior = torch.tensor(belief, dtype=torch.float64)
+        states = self.chain.states + 1
+        # NaN fails the second
+        if prior.shape != (states,) or not ((prior >= 0).all() and abs(prior.sum() - 1) < 1e-6):
+            raise ValueError(
+                f"prior: expected {states} chances, 0 or more, that sum to 1; one per state of the "
+                f"chain, violated last; got {list(belief)}"
+            )
+        return prior.to(self.device, torch.float32)
 
     def _head_logits(self) -> Tensor:
         """Logits of the heads, [N, P]; where no probe adds to another they are the read-outs.

@@ -91,7 +91,8 @@ def judge(
     """Do what `rejudge` does part by part, in constant memory."""
     policy = policy or bundle.policy
     _check_fits(recording, bundle, policy)
-    chain = replace(bundle, chain=chain or bundle.chain, policy=policy).chain  # checks that it fits
+    # checks that it fits; a turn model is of no concern here
+    chain = replace(bundle, chain=chain or bundle.chain, policy=policy, turns=None).chain
     policy_rows = _policy_rows(recording, policy, tier)
     bank = bundle.bank
     slots = SlotTable.allocate(
