@@ -57,7 +57,7 @@ class TurnEvidence:
     def log_hazard(self, report: StreamReport) -> float | None:
         """Log-hazard of the response of a stream, 0 to 16.64 nats; None if no token has a score.
 
-        O(n) in the tokens of the response.
+        A response without tokens says nothing: 0. O(n) in the tokens of the response.
 
         Raises
         ------
@@ -79,6 +79,8 @@ class TurnEvidence:
                 f"report of stream {report.stream!r}: its trace begins behind the first response "
                 "token; build the monitor with a trace as long as the longest response"
             )
+        if not kept and not report.unscored:
+            return 0.0
         logits = np.array([trace.scores[name] for name in self._names], dtype=np.float32).T
         if not kept or not np.isfinite(logits[-kept:]).any():
             return None
