@@ -115,7 +115,7 @@ class TurnModel(BaseModel):
 
     def risk(self, belief: Floats, horizon: int) -> float:
         """P(the harm is complete now or within ``horizon`` more turns)."""
-        return float(min(1.0, belief @ self._ahead(horizon)))
+        return min(1.0, float(belief @ self._ahead(horizon)))
 
     def token_prior(self, belief: Floats) -> Floats | None:
         """Belief of the token chain before the next response, [k+1]; None without ``carry``."""

@@ -1,4 +1,4 @@
-"""The turn gate: may this whole response be delivered, given the conversation so far?
+"""The turn gate: whether a whole response may be delivered, given the conversation so far.
 
     turn = gate.open(conversation, messages)      # one read of the ledger
     ... the engine writes a response, whose tokens wait ...
