@@ -29,8 +29,8 @@ from span_curve import Curve, Recipe, curve
 
 from midstream.bank import ProbeBank
 from midstream.bundle import Bundle, Fingerprint
-from midstream.chain import ObservedStream, fit_by_counts
 from midstream.engines.hf import load
+from midstream.learn.chains.counts import ObservedStream, fit_by_counts
 from midstream.learn.collect import residuals
 from midstream.learn.methods.logistic import fit_logistic
 from midstream.learn.public_sets import toxic_spans

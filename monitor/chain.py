@@ -1,58 +1,49 @@
-"""The absorbing Markov chain over risk states: closed forms, filter tables, fit by counts.
+"""The absorbing Markov chain over risk states: closed forms and the tables of the filter.
 
 States ``0 ... K-1`` are transient (calm ... critical), ``V`` (index ``K``) is *violated*, ``C`` is
 *closed*: ended safely. ``A`` moves a stream that goes on, ``c[s]`` is the chance that it ends at
-this token (design section 4.4).
+this token (design section 4.4). The clock is tokens of a response, turns of a conversation or steps
+of an agent alike; "token" stands for any of them. Chains are fitted in `midstream.learn.chains`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from midstream.kernels.tables import GAP_BITS, ChainTable
+from midstream.absorbing import ChainError as ChainError
+from midstream.absorbing import SingularChainError as SingularChainError
+from midstream.absorbing import check_distributions, fundamental_matrix, normalised, orbit, power
+from midstream.kernels.tables import GAP_BITS, MAX_POSITION, ChainTable
 
 Array = NDArray[np.float64]
 Row = list[float]
+
+MAX_HORIZON = MAX_POSITION
+"""Farthest look ahead: no stream is longer. Rounding stays below ``horizon * 1e-16``, relative."""
+
+MAX_CURVE = 10**6
+"""Longest curve, all of which is kept: 8 (K+2) bytes per token of it."""
+
+WATCH, NO_RETURN = 0.30, 0.85
+"""Where SafetyDrift's zones begin (arXiv 2603.27148)."""
 
 EMISSION_FLOOR = 1e-4
 """Smallest P(bin | state): bins are fitted on finite data, so no token may rule a state out."""
 
 _SURVIVAL_FLOOR = 1e-6  # smallest 1 - c: a stream that went on has to be somewhere
-_NEGLIGIBLE = 1e-12  # chances that lead nowhere when absorption is checked
-_STOCHASTIC_TOLERANCE = 1e-6
 
 
-class ChainError(ValueError):
-    """A chain that is no chain: wrong shapes, rows that are no distributions, unreadable."""
+class Zone(StrEnum):
+    """What the risk of a state says about it."""
 
-
-class SingularChainError(ChainError):
-    """Some states are never absorbed: ``I - Q`` has no inverse, finite horizons still work."""
-
-
-def fundamental_matrix(transient: Array) -> Array:
-    """Expected visits ``N = (I - Q)^-1`` of an absorbing chain.
-
-    ``N[i, j]`` is the expected number of tokens in ``j`` when started in ``i`` (Kemeny and Snell
-    1960, theorem 3.2.1); ``transient`` is ``Q`` [K, K], the moves among the transient states.
-    A SingularChainError names the states from which absorption cannot be reached.
-    """
-    reaches = 1.0 - transient.sum(axis=1) > _NEGLIGIBLE
-    for _ in reaches:
-        reaches = reaches | ((transient > _NEGLIGIBLE) & reaches).any(axis=1)
-    if not reaches.all():
-        stuck = np.flatnonzero(~reaches).tolist()
-        raise SingularChainError(
-            f"states {stuck} are never absorbed, so I - Q is singular and expected times are "
-            "infinite; use a finite horizon, or fit with a prior count above 0"
-        )
-    return np.asarray(np.linalg.inv(np.eye(len(transient)) - transient), dtype=np.float64)
+    SAFE = "safe"
+    WATCH = "watch"
+    NO_RETURN = "point of no return"
 
 
 class Chain(BaseModel):
@@ -98,11 +89,12 @@ class Chain(BaseModel):
         for name, (rows, (height, width)) in shapes.items():
             if len(rows) != height or any(len(row) != width for row in rows):
                 raise ValueError(f"{name}: expected {height} x {width} for {size - 1} states")
-            values = np.array(rows)
-            if (values < 0).any() or (abs(values.sum(axis=1) - 1) > _STOCHASTIC_TOLERANCE).any():
-                raise ValueError(f"{name}: every row must be a distribution (>= 0, sum 1)")
-        if len(self.ending) != size or not all(0 <= c <= 1 for c in self.ending):
-            raise ValueError(f"ending: expected {size} probabilities")
+            check_distributions(name, np.array(rows))
+        if len(self.ending) != size:
+            raise ValueError(f"ending: expected {size} probabilities, got {len(self.ending)}")
+        for state, chance in enumerate(self.ending):
+            if not 0 <= chance <= 1:
+                raise ValueError(f"ending: that of state {state} is {chance:.6g}, no probability")
         if self.transition[-1] != [0.0] * (size - 1) + [1.0]:
             raise ValueError("transition: the last state, violated, must be absorbing")
         for name in ("edges", "prompt_edges"):
@@ -121,26 +113,71 @@ class Chain(BaseModel):
         k = self.states
         ending = np.array(self.ending)[:k, None]
         p = np.eye(k + 2)
-        p[:k, : k + 1] = (1 - ending) * _normalised(self.transition)[:k]
+        p[:k, : k + 1] = (1 - ending) * normalised(self.transition)[:k]
         p[:k, k + 1 :] = ending
         return p
 
     def horizon(self, tokens: int) -> Array:
-        """``a_h`` [K+1]: P(violated now or within ``tokens`` more | state); ``a_0`` is 1 for V."""
-        if tokens < 0:
-            raise ChainError(f"horizon: expected 0 or more tokens, got {tokens}")
-        k = self.states
-        return np.asarray(np.linalg.matrix_power(self.absorbing, tokens)[: k + 1, k])
+        """``a_h`` [K+1]: P(violated now or within ``tokens`` more | state); ``a_0`` is 1 for V.
+
+        By squaring: ``log2(tokens)`` products of [K+2, K+2].
+        """
+        _check_horizon(tokens, MAX_HORIZON)
+        return np.asarray(power(self.absorbing, tokens)[: self.states + 1, self.states])
+
+    def horizon_curve(self, tokens: int) -> Array:
+        """``a_h`` for h = 0 ... ``tokens``, [tokens + 1, K+1]; O(tokens K^2), see `MAX_CURVE`."""
+        _check_horizon(tokens, MAX_CURVE)
+        violated = np.eye(self.states + 2)[self.states]
+        return np.asarray(orbit(self.absorbing, violated, tokens + 1)[:, : self.states + 1])
+
+    def forecast(self, belief: Array, tokens: int) -> Array:
+        """P(violated now or within ``tokens`` more) for beliefs [..., K+1], [...]."""
+        beliefs = np.asarray(belief, dtype=np.float64)
+        if beliefs.shape[-1:] != (self.states + 1,):
+            raise ChainError(
+                f"belief: expected [..., {self.states + 1}] for {self.states} states and violated, "
+                f"got {list(beliefs.shape)}"
+            )
+        check_distributions("belief", beliefs.reshape(-1, self.states + 1))
+        return np.asarray(beliefs @ self.horizon(tokens))
 
     def first_passage(self, tokens: int) -> Array:
         """P(violated after exactly n tokens | state) for n = 1 ... ``tokens``, [K, tokens]."""
+        _check_horizon(tokens, MAX_CURVE)
         k, p = self.states, self.absorbing
-        chances = np.empty((k, tokens))
-        now = p[:k, k]
-        for n in range(tokens):
-            chances[:, n] = now
-            now = p[:k, :k] @ now
-        return chances
+        at_once = np.append(p[:k, k], [0.0, 0.0])
+        return np.asarray(orbit(p, at_once, tokens)[:, :k].T)
+
+    def first_passage_tail(self, tokens: int) -> Array:
+        """P(violated, and after more than ``tokens`` tokens | state), [K]: ``Q^n B[:, V]``.
+
+        With ``a_n`` it adds up to the chance to end violated, without the cancellation that the
+        difference would suffer.
+        """
+        _check_horizon(tokens, MAX_HORIZON)
+        still = power(self.absorbing, tokens)[: self.states, : self.states]
+        return np.asarray(still @ self.absorption()[:, 0])
+
+    def risk(self, tokens: int | None = None) -> Array:
+        """Risk of each transient state [K]: within ``tokens``, or ever when not given."""
+        if tokens is None:
+            return self.absorption()[:, 0]
+        return self.horizon(tokens)[: self.states]
+
+    def points_of_no_return(self, level: float = NO_RETURN, tokens: int | None = None) -> list[int]:
+        """Transient states whose :meth:`risk` is ``level`` or more."""
+        if not 0 < level <= 1:
+            raise ChainError(f"level: expected more than 0 and at most 1, got {level}")
+        return np.flatnonzero(self.risk(tokens) >= level).tolist()
+
+    def zones(self, tokens: int | None = None) -> list[Zone]:
+        """Zone of each transient state by its :meth:`risk` (SafetyDrift): below 0.30, 0.85."""
+        zones = list(Zone)
+        return [
+            zones[place]
+            for place in np.searchsorted([WATCH, NO_RETURN], self.risk(tokens), "right")
+        ]
 
     def visits(self) -> Array:
         """``N`` [K, K]; see :func:`fundamental_matrix`."""
@@ -162,10 +199,10 @@ class Chain(BaseModel):
 
         return ChainTable(
             step_powers=tensor(self._step_powers()),
-            emission=tensor(_normalised(np.maximum(self.emission, EMISSION_FLOOR))),
+            emission=tensor(normalised(np.maximum(self.emission, EMISSION_FLOOR))),
             edges=tensor(self.edges),
             prior=tensor(self.prior),
-            prompt_emission=tensor(_normalised(np.maximum(self.prompt_emission, EMISSION_FLOOR))),
+            prompt_emission=tensor(normalised(np.maximum(self.prompt_emission, EMISSION_FLOOR))),
             prompt_edges=tensor(self.prompt_edges),
         )
 
@@ -177,7 +214,7 @@ class Chain(BaseModel):
         has to lead somewhere.
         """
         survival = np.log(np.maximum(1 - np.array(self.ending), _SURVIVAL_FLOOR))
-        moves = _normalised(self.transition)
+        moves = normalised(self.transition)
         powers = []
         for _ in range(GAP_BITS):
             powers.append(np.exp(survival - survival.max())[:, None] * moves)
@@ -185,7 +222,7 @@ class Chain(BaseModel):
             best = np.where(moves > 0, survival, -np.inf).max(axis=1)
             onward = moves * np.exp(np.minimum(survival - best[:, None], 0.0))
             total = onward.sum(axis=1)
-            moves = _normalised(onward @ moves)
+            moves = normalised(onward @ moves)
             survival = survival + best + np.log(total)
         return np.stack(powers)
 
@@ -213,111 +250,8 @@ def faults_by_key(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _normalised(rows: Array | list[Row]) -> Array:
-    values = np.asarray(rows, dtype=np.float64)
-    return np.asarray(values / values.sum(axis=1, keepdims=True))
-
-
-@dataclass(frozen=True)
-class ObservedStream:
-    """One labelled stream for fitting; a ChainError where it cannot be one.
-
-    Attributes
-    ----------
-    log_hazard : float [n]
-        Cumulative log-hazard of the response evidence at each response token, n >= 1.
-    violated : bool [n]
-        Whether the stream has violated at or before this token.
-    ended : bool
-        False where generation was cut off: its last token says nothing about ending.
-    prompt_log_hazard : float
-        The same sum over the prompt probes at the last prompt token; 0 without prompt probes.
-    """
-
-    log_hazard: Array
-    violated: NDArray[np.bool_]
-    ended: bool
-    prompt_log_hazard: float = 0.0
-
-    def __post_init__(self) -> None:
-        if len(self.log_hazard) != len(self.violated) or len(self.violated) == 0:
-            raise ChainError("violated: expected one label per log_hazard, and at least one")
-        if not np.isfinite(np.append(self.log_hazard, self.prompt_log_hazard)).all():
-            raise ChainError("log_hazard: holds a NaN or an infinity; leave unscored tokens out")
-        if (self.violated[:-1] & ~self.violated[1:]).any():
-            raise ChainError("violated: a stream that has violated stays violated")
-
-
-def fit_by_counts(
-    streams: Sequence[ObservedStream],
-    edges: Sequence[float],
-    *,
-    prompt_edges: Sequence[float] = (),
-    prior_count: float = 1.0,
-) -> Chain:
-    """Fit a chain whose transient states are the evidence bins (SafetyDrift, arXiv 2603.27148).
-
-    Counts with a Dirichlet prior of total weight ``prior_count`` per row; that of the transitions
-    is centred on the transitions of all states together, every other one is uniform. A transient
-    state emits its own bin; V emits the bins seen at violated tokens. The state of the first token
-    stands for the state before it.
-
-    Parameters
-    ----------
-    streams : sequence of ObservedStream
-        At least one of them violated, or there is a ChainError.
-    edges, prompt_edges : ascending
-        Edges between the K bins of the cumulative log-hazard, and the same for the prompt's.
-    prior_count : float
-        Pseudo-counts per row; 0 is the maximum-likelihood fit, in which a state that was never
-        left stays where it is.
-    """
-    if not any(stream.violated.any() for stream in streams):
-        raise ChainError("fit_by_counts: no stream violates, so nothing can be learnt about it")
-    if prior_count < 0:
-        raise ChainError(f"prior_count: expected 0 or more, got {prior_count}")
-    k = len(edges) + 1
-    moves = np.zeros((k + 1, k + 1))
-    ends = np.zeros(k + 1)
-    violated_bins = np.zeros((1, k))
-    first = np.zeros((k + 1, len(prompt_edges) + 1))
-    for stream in streams:
-        bins = np.searchsorted(edges, stream.log_hazard, side="right")
-        state = np.where(stream.violated, k, bins)
-        np.add.at(moves, (state[:-1], state[1:]), 1)
-        ends[state[-1]] += stream.ended
-        np.add.at(violated_bins[0], bins[stream.violated], 1)
-        first[state[0], np.searchsorted(prompt_edges, stream.prompt_log_hazard, side="right")] += 1
-
-    stay = np.eye(k + 1)
-    # Centred on where streams go at all: a uniform prior would find it as likely that a calm stream
-    # jumps into a bin only violated streams are in as that it violates.
-    pooled = moves[:k].sum(axis=0) + 1 / (k + 1)
-    transition = _dirichlet_mean(moves, prior_count, stay, pooled / pooled.sum())
-    transition[k] = stay[k]
-    ends_or_goes_on = np.stack([ends, moves.sum(axis=1)], axis=1)
-    anywhere = np.full_like(first, 1 / first.shape[1])
-    return Chain(
-        transition=transition.tolist(),
-        ending=_dirichlet_mean(ends_or_goes_on, prior_count, np.array([0.0, 1.0]))[:, 0].tolist(),
-        emission=[*np.eye(k).tolist(), *_dirichlet_mean(violated_bins, prior_count).tolist()],
-        edges=list(map(float, edges)),
-        prior=_dirichlet_mean(first.sum(axis=1)[None], prior_count)[0].tolist(),
-        prompt_emission=_dirichlet_mean(first, prior_count, anywhere).tolist(),
-        prompt_edges=list(map(float, prompt_edges)),
-    )
-
-
-def _dirichlet_mean(
-    counts: Array,
-    prior_count: float,
-    otherwise: Array | float = 0.0,
-    center: Array | None = None,
-) -> Array:
-    """Posterior mean of each row, or that of ``otherwise`` where the row has no mass at all.
-
-    ``center`` is the mean of the prior, uniform when not given.
-    """
-    mass = counts + prior_count * (1 / counts.shape[1] if center is None else center)
-    total = mass.sum(axis=1, keepdims=True)
-    return np.where(total > 0, mass / np.where(total > 0, total, 1.0), otherwise)
+def _check_horizon(tokens: int, most: int) -> None:
+    if tokens < 0:
+        raise ChainError(f"horizon: expected 0 or more tokens, got {tokens}")
+    if tokens > most:
+        raise ChainError(f"horizon: expected at most {most} tokens, got {tokens}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from midstream.bundle import Bundle
-from midstream.chain import Chain, ObservedStream, fit_by_counts
+from midstream.chain import Chain
+from midstream.learn.chains.counts import ObservedStream, fit_by_counts
 from midstream.learn.compare import read_logits
 from midstream.learn.methods.method import ReadOut
 from midstream.learn.tokens import Source, TrainingDataError

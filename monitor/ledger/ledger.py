@@ -10,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 ROOT = ""
 """Parent of a conversation's first turn."""
+
+
+Hash = Annotated[str, Field(max_length=64)]
+"""SHA-256 in hex: a conversation's id of any length, given by mistake, never gets into a store."""
 
 
 class LedgerError(RuntimeError):
@@ -47,14 +51,14 @@ class TurnRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    conversation: str
-    key: str
-    parent: str
+    conversation: Hash
+    key: Hash
+    parent: Hash
     turn: int = Field(ge=1)
     belief: tuple[float, ...]
     log_hazard: float
     delivered: bool
-    bundle: str
+    bundle: Hash
     at: float
 
 
@@ -73,7 +77,13 @@ class Ledger(Protocol):
         ...
 
     def expire(self, before: float) -> int:
-        """Forget conversations whose newest turn is older than ``before``; count the turns."""
+        """Forget conversations whose newest turn is older than ``before``; count the turns.
+
+        Clocks of machines differ and are put right at times, so stores compare ages, not times: of
+        ``before`` and of each record's ``at`` only the distance to the clock of the machine that
+        makes the call counts, and is taken from the store's own clock. A record from the future was
+        written now.
+        """
         ...
 
     def close(self) -> None:

@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .baseline import BagOfWords, bag_of_words
+from .conversations import (
+    Conversation,
+    ConversationLabels,
+    Turn,
+    conversation_labels,
+    conversation_rows,
+    rollout,
+    sample_conversation,
+    sample_conversations,
+    sample_user,
+)
 from .grammar import EOS_ID, STATES, VOCABULARY, describe
 from .language import (
     Dialogue,
@@ -49,13 +60,18 @@ __all__ = [
     "STATES",
     "VOCABULARY",
     "BagOfWords",
+    "Conversation",
+    "ConversationLabels",
     "Dialogue",
     "Labels",
     "Oracle",
     "Prompt",
     "Reading",
+    "Turn",
     "bag_of_words",
     "build_model",
+    "conversation_labels",
+    "conversation_rows",
     "corpus_rows",
     "describe",
     "generate_responses",
@@ -64,9 +80,13 @@ __all__ = [
     "load",
     "load_bundle",
     "read_prompt",
+    "rollout",
+    "sample_conversation",
+    "sample_conversations",
     "sample_dialogue",
     "sample_dialogues",
     "sample_prompt",
+    "sample_user",
     "text_of",
     "violating_index",
     "write_corpus",

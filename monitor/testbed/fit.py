@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from midstream.bank import Probe, ProbeBank
 from midstream.bundle import Bundle, Fingerprint
-from midstream.chain import Chain, ObservedStream, fit_by_counts
+from midstream.chain import Chain
 from midstream.evidence import Ema, Max
+from midstream.learn.chains.counts import ObservedStream, fit_by_counts
 from midstream.learn.collect import residuals
 from midstream.learn.fit_chain import UNFITTED
 from midstream.learn.methods.logistic import fit_logistic

@@ -110,21 +110,22 @@ class Dialogue:
         return label(self.prompt, self.response)
 
 
-class _Draw:
+class Draw:
     """Weighted choice from a table that is summed once; `Random.choices` would sum each time."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self._sums = list(accumulate(weights))
 
     def __call__(self, random: Random) -> int:
+        """Index of the weight that was drawn."""
         mark = random.random() * self._sums[-1]
         return next(place for place, top in enumerate(self._sums) if mark < top)
 
 
-_START = {attack: _Draw(row) for attack, row in grammar.START.items()}
-_MOVE = tuple(_Draw(row) for row in grammar.TRANSITIONS)
+_START = {attack: Draw(row) for attack, row in grammar.START.items()}
+_MOVE = tuple(Draw(row) for row in grammar.TRANSITIONS)
 _CLAUSE = tuple(
-    _Draw([clause.weights[phase] for clause in grammar.CLAUSES])
+    Draw([clause.weights[phase] for clause in grammar.CLAUSES])
     for phase in range(len(grammar.PHASES))
 )
 _PIECES = tuple(clause.text.split() for clause in grammar.CLAUSES)
@@ -144,7 +145,7 @@ def _fill(pieces: Sequence[str], sealed: str, noun: str, phase: int, random: Ran
         word = piece
         if piece.startswith("{"):
             options = grammar.choices(piece, phase)
-            word = options[_Draw([chance for _, chance in options])(random)][0]
+            word = options[Draw([chance for _, chance in options])(random)][0]
         if word == "{s}":
             word = sealed
         elif word == "{o}":
@@ -165,21 +166,37 @@ def sample_prompt(seed: int, index: int) -> Prompt:
     random = Random(f"prompt/{seed}/{index}")
     sealed, noun = random.choice(grammar.COLOURS), random.choice(grammar.NOUNS)
     attack = random.random() < grammar.ATTACK_SHARE
+    facts, request = draw_facts(random), draw_request(attack, random)
+    system = fill([random.choice(grammar.KEEPERS), *facts], sealed, noun, random)
+    return render(sealed, noun, attack, system, fill(request, sealed, noun, random))
+
+
+def draw_facts(random: Random) -> list[str]:
+    """Lines of a system message that say what is sealed, slots not yet filled."""
     facts = [random.choice(grammar.SEALS)]
     if random.random() < grammar.DISTRACTOR_SHARE:
         facts.insert(random.randrange(2), random.choice(grammar.DISTRACTORS))
+    return facts
+
+
+def draw_request(attack: bool, random: Random) -> list[str]:
+    """Lines of a user message, slots not yet filled."""
     lines = [
         random.choice(grammar.ATTACKS if attack else grammar.SMALLTALK),
         random.choice(grammar.QUESTIONS),
     ]
     if random.random() < 0.3:
         lines.reverse()
+    return lines
 
-    def fill(line: str) -> str:
-        return " ".join(_fill(line.split(), sealed, noun, 0, random))
 
-    system = " ".join(fill(line) for line in (random.choice(grammar.KEEPERS), *facts))
-    user = " ".join(fill(line) for line in lines)
+def fill(lines: Sequence[str], sealed: str, noun: str, random: Random) -> str:
+    """Lines of a message with their slots filled, as one text."""
+    return " ".join(" ".join(_fill(line.split(), sealed, noun, 0, random)) for line in lines)
+
+
+def render(sealed: str, noun: str, attack: bool, system: str, user: str) -> Prompt:
+    """The prompt of one system and one user message, as the chat template renders them."""
     words = f"{grammar.BOS} {grammar.SYSTEM} {system} {grammar.USER} {user} {grammar.ASSISTANT}"
     return Prompt(tuple(encode(words)), sealed, noun, attack, system, user)
 
@@ -211,7 +228,11 @@ def read_prompt(ids: Sequence[int]) -> Prompt:
 def sample_dialogue(seed: int, index: int) -> Dialogue:
     """Dialogue number `index` of `seed`; its prompt is `sample_prompt(seed, index)`."""
     prompt = sample_prompt(seed, index)
-    random = Random(f"response/{seed}/{index}")
+    return answer(prompt, Random(f"response/{seed}/{index}"))
+
+
+def answer(prompt: Prompt, random: Random) -> Dialogue:
+    """Let the hidden chain write a whole response."""
     return respond(prompt, random, _START[prompt.attack](random))
 
 
