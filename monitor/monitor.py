@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -267,9 +267,12 @@ class Monitor:
             raise
         self._observed = False
 
-    def session(self, slot: int) -> Session[Any]:
-        """Return a new front end for the stream in ``slot``: phase, hold-back and events."""
-        return Session(self._stream(slot).stream, self.policy, self.bundle.hash)
+    def session(self, slot: int, hold_back: int | Literal["turn"] | None = None) -> Session[Any]:
+        """Return a new front end for the stream in ``slot``: phase, hold-back and events.
+
+        ``hold_back`` replaces the policy's own.
+        """
+        return Session(self._stream(slot).stream, self.policy, self.bundle.hash, hold_back)
 
     def cause_name(self, cause: int) -> str | None:
         """Name of a ``cause`` of the slot table: a probe, ``"unscored"``, or None."""

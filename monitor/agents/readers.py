@@ -24,7 +24,9 @@ TraceFormat = Literal["jsonl", "r_judge"]
 TRACE_FORMATS: tuple[str, ...] = get_args(TraceFormat)
 
 _NAME = r"([A-Za-z_][\w.\-]{0,127})"
-_NAMED = re.compile(rf"{_NAME}\s{{0,8}}(?:[:(]\s{{0,8}})?(\{{)")  # Name{...}  Name: {...}  Name({...
+_NAMED = re.compile(
+    rf"{_NAME}\s{{0,8}}(?:[:(]\s{{0,8}})?(\{{)"
+)  # Name{...}  Name: {...}  Name({...
 _INPUT = re.compile(rf"(?:Action:\s{{0,8}})?{_NAME}\s{{1,8}}Action Input:\s{{0,8}}")
 _CALL = re.compile(rf"{_NAME}\(")  # Name(key=value, ...)
 _BLOCK = re.compile(r"```(?:bash|sh|shell|console|python)\b")
