@@ -23,7 +23,9 @@ from midstream.kernels.tables import SlotTable
 from midstream.policy import Policy, Thresholds
 from midstream.streams import StreamReport
 
-_DETECT = Policy(tiers={"strict": Thresholds(horizon=0, halt_at=1.0)}, default_tier="strict")
+DETECT = Policy(tiers={"strict": Thresholds(horizon=0, halt_at=1.0)}, default_tier="strict")
+"""Makes a stream's risk its detect risk."""
+
 _RESOLUTION = 2.0**-24  # of 1 - p, since p is fp32: no log-hazard exceeds 16.64 nats
 
 
@@ -50,7 +52,7 @@ class TurnEvidence:
         chain = bundle.chain.table()
         self._prior = chain.prior
         self._advance = ops.Backend(torch.device("cpu")).bind_advance(
-            self._slots, bundle.bank.evidence_table(), chain, _DETECT.table(bundle.chain)
+            self._slots, bundle.bank.evidence_table(), chain, DETECT.table(bundle.chain)
         )
         self._lock = threading.Lock()
 
@@ -92,4 +94,9 @@ class TurnEvidence:
                 torch.from_numpy(position - position[0]),
             )
             peak = float(self._slots.host.peak[0])
-        return -math.log(max(1.0 - peak, _RESOLUTION))
+        return log_hazard_of(peak)
+
+
+def log_hazard_of(peak: float) -> float:
+    """``-log(1 - p)`` of a peak detect risk that was computed in fp32, nats."""
+    return -math.log(max(1.0 - peak, _RESOLUTION))
