@@ -13,7 +13,7 @@ ASSISTANT = "assistant"
 
 
 class HistoryError(ValueError):
-    """Messages that are no chat history to be answered."""
+    """Messages that are no chat history."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class History:
     keys : tuple of str
         `midstream.ledger.ledger.turn_key` of each turn so far.
     asked : tuple of (role, content)
-        Messages since the last response: what is to be answered now.
+        Messages since the last response: what is to be answered now. None where the model writes on.
     """
 
     keys: tuple[str, ...]
@@ -45,8 +45,7 @@ class History:
         Raises
         ------
         HistoryError
-            For a message without a role, an empty history, or one whose last message is the
-            assistant's, so that nothing is to be answered.
+            For a message without a role, and for an empty history.
         """
         keys: list[str] = []
         asked: list[tuple[str, str]] = []
@@ -62,11 +61,8 @@ class History:
                 continue
             keys.append(turn_key(keys[-1] if keys else ROOT, asked, content_of(message)))
             asked = []
-        if not asked:
-            raise HistoryError(
-                "messages: the last one must ask for a response; there are none, or the last is "
-                "the assistant's"
-            )
+        if not messages:
+            raise HistoryError("messages: there are none; give at least the one to be answered")
         return cls(tuple(keys), tuple(asked))
 
 

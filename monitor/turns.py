@@ -179,7 +179,7 @@ class TurnGate:
         conversation : str
             Any id, of any length; only its hash is stored.
         messages : sequence of mappings
-            The history in the form of OpenAI's chat API, the last one to be answered.
+            The history in the form of OpenAI's chat API, up to what is to be answered.
 
         Raises
         ------

@@ -116,7 +116,7 @@ def stream(
     MonitorInUseError
         When the monitor serves another stream.
     HistoryError
-        With a gate, for messages that are no history to be answered.
+        With a gate, for messages that are no history.
     """
     if max_new_tokens < 1:
         raise UnsupportedGenerationError(
