@@ -27,7 +27,7 @@ class History:
     keys : tuple of str
         `midstream.ledger.ledger.turn_key` of each turn so far.
     asked : tuple of (role, content)
-        Messages since the last response: what is to be answered now. None where the model writes on.
+        Messages since the last response: what is to be answered. None where the model writes on.
     """
 
     keys: tuple[str, ...]
