@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .baseline import BagOfWords, bag_of_words
+from .conversation_oracle import ConversationOracle, opening_chance
 from .conversations import (
     Conversation,
     ConversationLabels,
@@ -25,6 +26,7 @@ from .conversations import (
     sample_conversations,
     sample_user,
 )
+from .event_oracle import EventProcess, EventReading
 from .grammar import EOS_ID, STATES, VOCABULARY, describe
 from .language import (
     Dialogue,
@@ -42,6 +44,8 @@ from .language import (
     write_corpus,
 )
 from .oracle import Oracle, Reading
+from .trace_oracle import TraceOracle
+from .traces import sample_trace, sample_traces, trace_rows, violating_step
 
 if TYPE_CHECKING:
     from midstream.bundle import Bundle
@@ -53,7 +57,11 @@ if TYPE_CHECKING:
 MODEL_DIR = Path(__file__).parent / "model"
 BUNDLE_DIR = Path(__file__).parent / "bundle"
 
+#: What the archive's tools do, as rules for `midstream.agents.rules.Rules.load`.
+AGENT_RULES = Path(__file__).parent / "agent_rules.yaml"
+
 __all__ = [
+    "AGENT_RULES",
     "BUNDLE_DIR",
     "EOS_ID",
     "MODEL_DIR",
@@ -62,11 +70,15 @@ __all__ = [
     "BagOfWords",
     "Conversation",
     "ConversationLabels",
+    "ConversationOracle",
     "Dialogue",
+    "EventProcess",
+    "EventReading",
     "Labels",
     "Oracle",
     "Prompt",
     "Reading",
+    "TraceOracle",
     "Turn",
     "bag_of_words",
     "build_model",
@@ -79,6 +91,7 @@ __all__ = [
     "label",
     "load",
     "load_bundle",
+    "opening_chance",
     "read_prompt",
     "rollout",
     "sample_conversation",
@@ -86,9 +99,13 @@ __all__ = [
     "sample_dialogue",
     "sample_dialogues",
     "sample_prompt",
+    "sample_trace",
+    "sample_traces",
     "sample_user",
     "text_of",
+    "trace_rows",
     "violating_index",
+    "violating_step",
     "write_corpus",
 ]
 
