@@ -78,8 +78,9 @@ def turn_hazards(
     for (number, turn), begin, end, prompt in zip(
         places, begins, ends, recording.prompt_tokens, strict=True
     ):
-        scored = np.isfinite(recording.logits[begin + prompt : end]).any()
-        found[number][turn] = log_hazard_of(float(np.nanmax(risk[begin:end]))) if scored else None
+        response = slice(begin + prompt, end)
+        scored = np.isfinite(recording.logits[response]).any()
+        found[number][turn] = log_hazard_of(float(np.nanmax(risk[response]))) if scored else None
     return found
 
 
