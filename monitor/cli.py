@@ -13,6 +13,7 @@ from midstream.commands.collect import collect
 from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
 from midstream.commands.evaluate import evaluate
+from midstream.commands.gate import app as gate_app
 from midstream.commands.inspect import inspect
 from midstream.commands.record import record
 from midstream.commands.replay import replay
@@ -39,6 +40,7 @@ for command in COMMANDS:
 testbed_app.command("build")(build_testbed)
 testbed_app.command("sample")(sample_testbed)
 app.add_typer(testbed_app, name="testbed")
+app.add_typer(gate_app, name="gate")
 
 
 def main() -> None:

@@ -39,7 +39,6 @@ def replay_gate(
     Parameters
     ----------
     gate : TurnGate
-        Its ledger must not hold these conversations yet.
     conversations : sequence of Conversation
     hazards : sequence of sequence of float or None
         Of each response, as `midstream.measure.turn_scoring.turn_hazards` returns them.
