@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 STATES = (2, 3, 4, 5)
 """Numbers of transient states that are tried when none is given."""
 
-_CHANCES = (0.01, 0.1, 0.5, 0.9, 0.99)
+_CHANCES = (0.5, 0.1, 0.9, 0.01, 0.99)
 _QUANTILES = (0.25, 0.5, 0.75)
 _LEAST_SHARE, _LEAST_TURNS = 0.01, 10
 
@@ -115,21 +115,22 @@ def fit_turns(
 def edges_of(hazards: Floats) -> list[float]:
     """Edges between the evidence bins of turns, nats.
 
-    They stand at chances of 1, 10, 50, 90 and 99 % that the response violates, and at the quartiles
-    of the turns there are, so that evidence that is weak throughout is told apart as well. An edge
-    is left out where a bin beside it would have less than 1 % of the turns, or less than 10.
+    They stand at chances of 50, 10, 90, 1 and 99 % that the response violates, and at the quartiles
+    of the turns there are, so that evidence that is weak throughout is told apart as well. In this
+    order, each is left out if a bin beside it would have less than 1 % of the turns, or less than
+    10: a quartile must not take the place of an edge that parts what is seen from what is not.
     """
-    wanted = np.append(-np.log1p(-np.array(_CHANCES)), np.quantile(hazards, _QUANTILES))
+    wanted = [*-np.log1p(-np.array(_CHANCES)), *np.quantile(hazards, _QUANTILES)]
     least = max(_LEAST_TURNS, _LEAST_SHARE * len(hazards))
     ordered = np.sort(hazards)
-    edges: list[float] = []
-    below = 0
-    for edge in np.unique(wanted).tolist():
+    below = {0.0: 0, np.inf: len(ordered)}  # turns below each edge, and below the two ends
+    for edge in map(float, wanted):
         count = int(np.searchsorted(ordered, edge, side="left"))  # an edge belongs to the bin above
-        if count - below >= least and len(ordered) - count >= least:
-            edges.append(edge)
-            below = count
-    return edges
+        before = max(n for at, n in below.items() if at <= edge)
+        behind = min(n for at, n in below.items() if at >= edge)
+        if count - before >= least and behind - count >= least:
+            below[edge] = count
+    return sorted(below)[1:-1]
 
 
 def carry_of(
