@@ -104,7 +104,7 @@ def merit_by_threshold(
     name = "F1φ2" if located else "detected and benign, harmonic mean"
     axes.plot(grid, [gate.merit(float(at)) for at in grid], color=_BLUE, label=f"gate: {name}")
     for (name, merit), colour in zip(
-        baselines.items(), ("tab:orange", "tab:purple", "tab:brown"), strict=False
+        baselines.items(), ("tab:orange", "tab:purple", "tab:brown", "tab:pink"), strict=True
     ):
         said = f"{name.replace('_', ' ')}, at its best here: {merit:.3f}"
         axes.axhline(merit, color=colour, linewidth=1.2, linestyle="-.", label=said)

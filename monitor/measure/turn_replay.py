@@ -25,8 +25,12 @@ BASELINES = {
     "last_turn": "the same chain without a ledger: the last turn's evidence alone",
     "per_turn": "the last turn's log-hazard",
     "summed": "the sum of the log-hazards so far",
+    "turn_number": "how many turns there were, whatever was said",
 }
-"""What the gate is compared with, in words."""
+"""What the gate is compared with, in words.
+
+The last one shows data whose labels can be told by the length of a conversation alone.
+"""
 
 
 def replay_gate(
@@ -64,6 +68,7 @@ def baseline_scores(
         plain = np.array([hazard or 0.0 for hazard in turns])
         found["per_turn"].append(plain)
         found["summed"].append(np.cumsum(plain))
+        found["turn_number"].append(np.arange(1.0, len(plain) + 1))
         belief, alone = model.start, []
         for hazard in plain.tolist():
             alone.append(model.risk(model.read(belief, hazard).delivered, horizon))

@@ -142,12 +142,17 @@ def _limits(known: Sequence[Conversation], conversations: int) -> list[str]:
 
 
 def _chosen(talks: Sequence[Talk]) -> list[Talk]:
-    """A few to look at: of each kind those with the largest risk and the least, long ones first."""
+    """A few to look at: of the longer half of each kind, from the least risk to the largest."""
     kinds = [[t for t in talks if t.harmful is kind] for kind in (True, False, None)]
-    kinds = [sorted(kind, key=lambda t: (max(t.risk), len(t.risk))) for kind in kinds if kind]
+    longer = [[t for t in kind if len(t.risk) >= _median_length(kind)] for kind in kinds]
+    kinds = [sorted(kind, key=lambda t: max(t.risk)) for kind in longer if kind]
     each = max(1, _DRAWN // len(kinds))
     chosen: list[Talk] = []
     for kind in kinds:
         places = np.unique(np.linspace(0, len(kind) - 1, each).astype(int))
         chosen += [kind[place] for place in places.tolist()]
     return chosen
+
+
+def _median_length(talks: Sequence[Talk]) -> float:
+    return float(np.median([len(talk.risk) for talk in talks])) if talks else 0.0
