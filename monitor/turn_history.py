@@ -45,7 +45,7 @@ class History:
         Raises
         ------
         HistoryError
-            For a message without a role, and for an empty history.
+            For a message without a role.
         """
         keys: list[str] = []
         asked: list[tuple[str, str]] = []
@@ -61,8 +61,6 @@ class History:
                 continue
             keys.append(turn_key(keys[-1] if keys else ROOT, asked, content_of(message)))
             asked = []
-        if not messages:
-            raise HistoryError("messages: there are none; give at least the one to be answered")
         return cls(tuple(keys), tuple(asked))
 
 

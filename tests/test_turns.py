@@ -160,7 +160,7 @@ def test_a_tool_call_is_a_response_of_its_own() -> None:
     assert History.of(messages).keys != history.keys
 
 
-@pytest.mark.parametrize("messages", [[], [{"content": "no role"}], ["hello"], [{"role": 3}]])
+@pytest.mark.parametrize("messages", [[{"content": "no role"}], ["hello"], [{"role": 3}]])
 def test_what_is_no_history(messages: list[Any]) -> None:
     with pytest.raises(HistoryError):
         History.of(messages)
