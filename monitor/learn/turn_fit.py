@@ -145,8 +145,9 @@ def carry_of(
 
         carry[i, s] = p[i] prior[s] B[s] / sum(prior B) + (1 - p[i]) prior[s] (1 - B[s]) / ...
 
-    Where violating or not is certain by the token chain, or a state is never believed in, its prior
-    stays as it is.
+    From there the token chain moves by itself, so its own forecast lies between the prior's and
+    p[i]. Where violating or not is certain by the token chain, or a state is never believed in, its
+    prior stays as it is.
     """
     weight = np.zeros(model.chain.states + 1)
     violates = np.zeros(model.chain.states + 1)
