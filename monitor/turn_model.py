@@ -107,11 +107,10 @@ class TurnModel(BaseModel):
     def read(self, belief: Floats, log_hazard: float) -> TurnBelief:
         """Fold one candidate response into the belief; see the notes of the class."""
         joint = belief[:, None] * self._step * self._emission[:, self.bin(log_hazard)]
-        completing = joint[:, -1].copy()
-        completing[-1] = 0.0
-        returned = joint.sum(axis=0) + completing
-        returned[-1] -= completing.sum()
-        return TurnBelief(_normalised(joint.sum(axis=0)), _normalised(returned))
+        delivered = joint.sum(axis=0)
+        withheld = delivered + joint[:, -1]
+        withheld[-1] = joint[-1, -1]
+        return TurnBelief(_normalised(delivered), _normalised(withheld))
 
     def risk(self, belief: Floats, horizon: int) -> float:
         """P(the harm is complete now or within ``horizon`` more turns)."""
