@@ -5,6 +5,7 @@
 - ``probes.safetensors``: weights and biases, see `midstream.bank.ProbeBank.tensors`
 - ``chain.json``: the absorbing chain
 - ``policy.yaml``: the policy
+- ``turns.json``, optional: the chain at the clock of turns
 
 Nothing in it can run code: the files are read as JSON, YAML (its safe part) and safetensors.
 """
@@ -31,6 +32,7 @@ from midstream.bank import BankSpec, ProbeBank
 from midstream.chain import Chain
 from midstream.fingerprint import BundleError, Fingerprint, Sha256, WrongModelError
 from midstream.policy import Policy
+from midstream.turn_model import TurnModel
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -46,6 +48,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 MANIFEST, PROBES, CHAIN, POLICY = "monitor.json", "probes.safetensors", "chain.json", "policy.yaml"
+TURNS = "turns.json"
 
 
 class BundleExistsError(BundleError, FileExistsError):
@@ -86,6 +89,8 @@ class Bundle:
         What `Monitor` is made of.
     fingerprint
         Of the model whose residual stream the probes read.
+    turns
+        What a `midstream.turns.TurnGate` needs beside; None where there is none.
     notes
         Anything JSON can hold: where the data came from, how the probes did.
     created
@@ -96,7 +101,8 @@ class Bundle:
     Raises
     ------
     BundleError
-        If the bank does not fit the model: another width, or a tap on a layer that is not there.
+        If the bank does not fit the model: another width, or a tap on a layer that is not there;
+        or if ``turns`` carries belief to a token chain of another size.
     """
 
     bank: ProbeBank
@@ -105,6 +111,7 @@ class Bundle:
     fingerprint: Fingerprint
     notes: Mapping[str, JsonValue] = field(default_factory=dict)
     created: date | None = None
+    turns: TurnModel | None = None
     midstream: str = field(default_factory=_own_version)
 
     def __post_init__(self) -> None:
@@ -119,6 +126,12 @@ class Bundle:
             raise BundleError(
                 "prompt_edges: the chain bins prompt evidence, but no probe reads prompts; add "
                 "such a probe, or fit the chain without prompt_edges"
+            )
+        carry = self.turns.carry if self.turns else None
+        if carry is not None and len(carry[0]) != self.chain.states + 1:
+            raise BundleError(
+                f"turns.carry: rows over {len(carry[0])} token states, the chain has "
+                f"{self.chain.states + 1}; fit the turn model for this bundle"
             )
         for tap in self.bank.taps:
             if tap.layer >= model.layers:
@@ -135,6 +148,10 @@ class Bundle:
     def with_policy(self, policy: Policy) -> Self:
         """Return the same monitor with another policy, to be saved under another name."""
         return replace(self, policy=policy, midstream=_own_version())
+
+    def with_turns(self, turns: TurnModel | None) -> Self:
+        """Return the same monitor with another turn model."""
+        return replace(self, turns=turns, midstream=_own_version())
 
     def with_fingerprint(self, fingerprint: Fingerprint) -> Self:
         """Return the bundle re-stamped for another model, on which its probes were checked."""
@@ -180,7 +197,7 @@ class Bundle:
             raise CorruptBundleError(f"no bundle at {folder}: that is no folder")
         raw = _read(folder, MANIFEST)
         manifest = _parse_manifest(raw, folder / MANIFEST)
-        contents = {name: _read(folder, name) for name in (PROBES, CHAIN, POLICY)}
+        contents = {name: _read(folder, name) for name in sorted(manifest.files)}
         for name, content in contents.items():
             found, recorded = _sha256(content), manifest.files[name]
             if found != recorded:
@@ -197,6 +214,8 @@ class Bundle:
             chain = Chain.from_json(contents[CHAIN].decode(), CHAIN)
             source = POLICY
             policy = Policy.from_yaml(contents[POLICY].decode(), POLICY)
+            source = TURNS
+            turns = TurnModel.from_json(contents[TURNS].decode()) if TURNS in contents else None
         except (ValueError, safetensors.SafetensorError) as error:
             problem = str(error).removeprefix(f"{source}: ")
             raise CorruptBundleError(f"{folder / source}: {problem}") from error
@@ -208,6 +227,7 @@ class Bundle:
             notes=manifest.notes,
             created=manifest.created,
             midstream=manifest.midstream,
+            turns=turns,
         )
         # The bytes read stay, and so the hash: another version may write the same in other bytes.
         bundle.__dict__["_files"] = {**contents, MANIFEST: raw}
@@ -221,6 +241,8 @@ class Bundle:
             CHAIN: self.chain.to_json().encode(),
             POLICY: self.policy.to_yaml().encode(),
         }
+        if self.turns is not None:
+            files[TURNS] = self.turns.to_json().encode()
         try:
             manifest = _Manifest(
                 schema_version=SCHEMA_VERSION,
@@ -263,7 +285,7 @@ def _parse_manifest(raw: bytes, where: Path) -> _Manifest:
         raise CorruptBundleError(f"{where}: {_faults(error)}") from error
     except (ValueError, RecursionError) as error:  # 1e999, or nested too deep
         raise CorruptBundleError(f"{where}: {error}") from error
-    if manifest.files.keys() != {PROBES, CHAIN, POLICY}:
+    if manifest.files.keys() - {TURNS} != {PROBES, CHAIN, POLICY}:
         raise CorruptBundleError(
             f"{where}: files: {sorted(manifest.files)} are not those of a bundle"
         )

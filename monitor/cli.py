@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 from rich.console import Console
 
-from midstream.commands import agents, chain, testbed
+from midstream.commands import agents, chain, gate, testbed
 from midstream.commands.chain_stop import stop
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
@@ -37,6 +37,10 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "chain": (
         "The absorbing chain: fit it, look at it, see how well it forecasts, and where to stop.",
         {"fit": chain.fit, "show": chain.show, "forecast": chain.forecast, "stop": stop},
+    ),
+    "gate": (
+        "The turn gate: whether a whole response may be delivered, given the conversation so far.",
+        {"fit": gate.fit, "replay": gate.replay},
     ),
     "agents": (
         "Agents: risk levels of their steps, and the chance that they violate within the next.",

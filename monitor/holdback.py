@@ -81,10 +81,23 @@ class HoldBack(Generic[T]):
 
     def finish(self) -> list[T]:
         """End the stream: what was judged and allowed leaves, the rest is withheld."""
-        leaving: list[T] = []
-        if self._verdict == Verdict.CONTINUE:
-            leaving = self._release(self._newest if self._passes_unscored else self._judged)
+        leaving = self._release(self._last_allowed)
         return leaving + self._end()
+
+    @property
+    def leaving(self) -> list[T]:
+        """Tokens that would leave if the stream ended now."""
+        return [token for position, token in self._waiting if position <= self._last_allowed]
+
+    def withhold(self) -> None:
+        """End the stream, and let nothing leave any more."""
+        self._end()
+
+    @property
+    def _last_allowed(self) -> int:
+        if self._verdict != Verdict.CONTINUE:
+            return -1
+        return self._newest if self._passes_unscored else self._judged
 
     def _release(self, last: int) -> list[T]:
         leaving = []

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -175,6 +175,7 @@ class Monitor:
         tier: str | None = None,
         *,
         prompt: Sequence[int] = (),
+        prior: Sequence[float] | None = None,
     ) -> int:
         """Give a stream a slot, re-initialised completely.
 
@@ -189,6 +190,9 @@ class Monitor:
         prompt : sequence of int
             Its token ids, which say whether the response starts inside a segment; not needed where
             the policy has none.
+        prior : sequence of float [K+1], optional
+            Belief before the prompt's own evidence is weighed in, such as the one that a turn gate
+            carries over from earlier turns; the chain's prior when not given.
 
         Returns
         -------
@@ -200,12 +204,15 @@ class Monitor:
         NoFreeSlotError
         PolicyError
             For an unknown tier or one looser than the policy allows.
+        ValueError
+            For a prior that is no distribution over the chain's states.
         """
         if not 0 <= prompt_tokens < MAX_POSITION:
             raise ValueError(
                 f"prompt_tokens: expected 0 to {MAX_POSITION - 1}, got {prompt_tokens}"
             )
         chosen = self.policy.tier_for(tier)
+        start = self._chain.prior if prior is None else self._prior(prior)
         if not self._free:
             raise NoFreeSlotError(
                 f"stream {stream!r}: all {len(self._admitted)} slots are taken; retire streams, "
@@ -213,7 +220,7 @@ class Monitor:
             )
         slot = self._free.pop()
         row = self.policy.row(chosen)
-        self.slots.admit(slot, start=prompt_tokens, policy=row, prior=self._chain.prior)
+        self.slots.admit(slot, start=prompt_tokens, policy=row, prior=start)
         if self.segments is not None:
             self.segments.admit(slot, prompt)
         self._admitted[slot] = _Admitted(stream, chosen, prompt_tokens)
@@ -304,9 +311,12 @@ class Monitor:
             self._used.copy_(kept)
         self._observed = keep
 
-    def session(self, slot: int) -> Session[Any]:
-        """Return a new front end for the stream in ``slot``: phase, hold-back and events."""
-        return Session(self._stream(slot).stream, self.policy, self.bundle.hash)
+    def session(self, slot: int, hold_back: int | Literal["turn"] | None = None) -> Session[Any]:
+        """Return a new front end for the stream in ``slot``: phase, hold-back and events.
+
+        ``hold_back`` replaces the policy's own.
+        """
+        return Session(self._stream(slot).stream, self.policy, self.bundle.hash, hold_back)
 
     def cause_name(self, cause: int) -> str | None:
         """Name of a ``cause`` of the slot table: a probe, ``"unscored"``, or None."""
@@ -376,6 +386,17 @@ class Monitor:
         if slot not in self._admitted:
             raise KeyError(f"slot {slot} holds no stream; admitted are {sorted(self._admitted)}")
         return self._admitted[slot]
+
+    def _prior(self, belief: Sequence[float]) -> Tensor:
+        prior = torch.tensor(belief, dtype=torch.float64)
+        states = self.chain.states + 1
+        # NaN fails the second
+        if prior.shape != (states,) or not ((prior >= 0).all() and abs(prior.sum() - 1) < 1e-6):
+            raise ValueError(
+                f"prior: expected {states} chances, 0 or more, that sum to 1; one per state of the "
+                f"chain, violated last; got {list(belief)}"
+            )
+        return prior.to(self.device, torch.float32)
 
     def _head_logits(self) -> Tensor:
         """Logits of the heads, [N, P]; where no probe adds to another they are the read-outs.

@@ -22,6 +22,7 @@ from pydantic import (
 
 from midstream.chain import Chain, faults_by_key
 from midstream.kernels.tables import OnUnscored, PolicyTable
+from midstream.turn_policy import TurnPolicy
 
 SCHEMA_VERSION = 1
 
@@ -212,6 +213,8 @@ class Policy(_Strict):
     on_unscored : {"pass", "hold", "halt"}
         What a response token without a score does. "hold": it waits until a later token, whose
         residual has attended to it, is scored and allowed.
+    turns : TurnPolicy, optional
+        The same decision one level up: whether a whole response may leave.
     """
 
     schema_version: StrictInt = SCHEMA_VERSION
@@ -222,6 +225,7 @@ class Policy(_Strict):
     hold_back: Annotated[int | Literal["turn"], BeforeValidator(_is_hold_back)] = 1
     on_unscored: Literal["pass", "hold", "halt"] = "hold"
     on_halt: OnHalt = OnHalt()
+    turns: TurnPolicy | None = None
     provenance: Provenance = Provenance()
 
     @model_validator(mode="before")

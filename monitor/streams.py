@@ -203,15 +203,22 @@ class Session(Generic[T]):
     policy : Policy
     bundle : str
         Hash of the bundle, repeated in every event.
+    hold_back : int or "turn", optional
+        In place of the policy's own.
     """
 
-    def __init__(self, stream: str, policy: Policy, bundle: str) -> None:
+    def __init__(
+        self,
+        stream: str,
+        policy: Policy,
+        bundle: str,
+        hold_back: int | Literal["turn"] | None = None,
+    ) -> None:
         self.stream = stream
         self.phase = Phase.PROMPT
-        self.hold_back: HoldBack[T] = HoldBack(
-            policy.hold_back, passes_unscored=policy.on_unscored == "pass"
-        )
-        self._delivers_whole = policy.hold_back == "turn"
+        depth = policy.hold_back if hold_back is None else hold_back
+        self.hold_back: HoldBack[T] = HoldBack(depth, passes_unscored=policy.on_unscored == "pass")
+        self._delivers_whole = depth == "turn"
         self._bundle = bundle
 
     def event(self, type: str, **fields: object) -> Event:
@@ -258,6 +265,14 @@ class Session(Generic[T]):
             whole = self._delivers_whole and bool(tokens)
             self._enter(Phase.RELEASED if whole else Phase.FINISHED)
         return tokens
+
+    def withhold(self, **facts: object) -> list[Event]:
+        """End the stream as halted: what still waits never leaves; ``facts`` go into the event."""
+        self.hold_back.withhold()
+        if self.phase == Phase.HALTED:
+            return []
+        self._enter(Phase.HALTED)
+        return [self.event("halted", verdict="HALT", **facts)]
 
     def _enter(self, phase: Phase) -> None:
         if phase not in TRANSITIONS[self.phase]:

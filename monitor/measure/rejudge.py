@@ -92,7 +92,8 @@ def judge(
     policy = policy or bundle.policy
     check_probes(recording, bundle)
     _check_segments(policy)
-    chain = replace(bundle, chain=chain or bundle.chain, policy=policy).chain  # checks that it fits
+    # checks that it fits; a turn model is of no concern here
+    chain = replace(bundle, chain=chain or bundle.chain, policy=policy, turns=None).chain
     policy_rows = _policy_rows(recording, policy, tier)
     bank = bundle.bank
     slots = SlotTable.allocate(

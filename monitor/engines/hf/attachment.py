@@ -8,7 +8,7 @@ their next token is never sampled, and the other rows keep their logits bit for 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -88,6 +88,8 @@ class Attachment:
         Strictness of the streams.
     enforce : bool
         False only observes: nothing is halted, the reports say what would have been.
+    prior : sequence of float, optional
+        Belief that every stream starts from, as for :meth:`midstream.monitor.Monitor.admit`.
 
     Raises
     ------
@@ -103,6 +105,7 @@ class Attachment:
         *,
         tier: str | None = None,
         enforce: bool = True,
+        prior: Sequence[float] | None = None,
     ) -> None:
         monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
         check_supported(model)
@@ -112,6 +115,7 @@ class Attachment:
         self.enforces = enforce
         self.reports: list[StreamReport] = []
         self._tier = monitor.policy.tier_for(tier)
+        self._prior = prior
         self._attached = ExitStack()
         self._generate: Callable[..., Any] = model.generate
         self._taps = monitor.bank.taps
@@ -267,7 +271,9 @@ class Attachment:
         ids = prompts.tolist() if self.monitor.segments else [[]] * rows
         for length, row in zip(lengths, ids, strict=True):
             name, prompt = f"stream-{self._streams}", row[-length:]
-            self._slots.append(self.monitor.admit(name, length, self._tier, prompt=prompt))
+            self._slots.append(
+                self.monitor.admit(name, length, self._tier, prompt=prompt, prior=self._prior)
+            )
             self._streams += 1
         self._ends = end_tokens(config)
         on_host = self.monitor.device.type == "cpu"

@@ -6,7 +6,8 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -22,7 +23,8 @@ from midstream.engines.hf.checks import (
 )
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
-from midstream.streams import Event, Phase, Session
+from midstream.streams import Event, Phase, Session, StreamReport
+from midstream.turns import Turn, TurnGate
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -64,6 +66,8 @@ def stream(
     max_new_tokens: int = 256,
     tier: str | None = None,
     enforce: bool = True,
+    gate: TurnGate | None = None,
+    conversation: str | None = None,
     **generate_options: Any,
 ) -> Iterator[Event]:
     """Generate a response and yield its events as they happen.
@@ -89,6 +93,12 @@ def stream(
     tier : str, optional
     enforce : bool
         False only observes: the text leaves as if every verdict were CONTINUE.
+    gate : TurnGate, optional
+        Of the monitor's bundle. The response, or the tail that its policy names, waits until the
+        gate has passed it and its ledger knows of it; a ``verdict`` event says so. A response that
+        is withheld ends with ``halted``, whose message is the gate's explanation.
+    conversation : str, optional
+        Its id, with a gate; the prompt is its history, as chat messages, then.
     generate_options
         Passed on to ``model.generate``: do_sample, temperature, top_p, ... More logits processors
         come before the monitor's own.
@@ -105,6 +115,8 @@ def stream(
         When the monitor's bundle was made for another model.
     MonitorInUseError
         When the monitor serves another stream.
+    HistoryError
+        With a gate, for messages that are no history.
     """
     if max_new_tokens < 1:
         raise UnsupportedGenerationError(
@@ -115,8 +127,17 @@ def stream(
     room = window(model)
     if room is not None:
         max_new_tokens = min(max_new_tokens, room - input_ids.shape[1])
-    attachment = Attachment(monitor, model, tokenizer, tier=tier, enforce=enforce)
-    front = _Front(attachment, tokenizer, input_ids.shape[1] + max_new_tokens)
+    gated = _gated(gate, conversation, prompt, monitor, max_new_tokens)
+    prior = gated.turn.token_prior if gated else None
+    attachment = Attachment(
+        monitor,
+        model,
+        tokenizer,
+        tier=tier,
+        enforce=enforce,
+        prior=None if prior is None else prior.tolist(),
+    )
+    front = _Front(attachment, tokenizer, input_ids.shape[1] + max_new_tokens, gated)
     generate_options["logits_processor"] = [
         *generate_options.get("logits_processor", ()),
         front,
@@ -149,6 +170,41 @@ def stream(
         worker.join()
 
 
+@dataclass(frozen=True)
+class _Gated:
+    """The turn that a stream answers, and the gate it has to pass."""
+
+    gate: TurnGate
+    turn: Turn
+
+
+def _gated(
+    gate: TurnGate | None,
+    conversation: str | None,
+    prompt: Prompt,
+    monitor: Monitor,
+    max_new_tokens: int,
+) -> _Gated | None:
+    if gate is None and conversation is None:
+        return None
+    if gate is None or conversation is None or isinstance(prompt, str):
+        raise UnsupportedGenerationError(
+            "a gated stream needs a gate, a conversation's id, and its history as chat messages"
+        )
+    if gate.bundle.hash != monitor.bundle.hash:
+        raise UnsupportedGenerationError(
+            f"the gate was made for bundle {gate.bundle.hash}, the monitor has "
+            f"{monitor.bundle.hash}; build both from one bundle"
+        )
+    kept = monitor.slots.trace_position.shape[1]
+    if kept < max_new_tokens + 1:
+        raise UnsupportedGenerationError(
+            f"the gate reads whole responses, of up to {max_new_tokens} tokens, and the monitor "
+            f"keeps {kept}; build it with trace={max_new_tokens + 1}"
+        )
+    return _Gated(gate, gate.open(conversation, prompt))
+
+
 class _Front(LogitsProcessor):
     """Sits where generate asks before each sample: lets tokens go, ends the stream when it must.
 
@@ -158,9 +214,12 @@ class _Front(LogitsProcessor):
     tokenizer : transformers.PreTrainedTokenizerFast
     longest : int
         Tokens, the prompt's included, at which the stream ends.
+    gated : optional
     """
 
-    def __init__(self, attachment: Attachment, tokenizer: Any, longest: int) -> None:
+    def __init__(
+        self, attachment: Attachment, tokenizer: Any, longest: int, gated: _Gated | None
+    ) -> None:
         self.attachment = attachment  # how Attachment recognises its own processor
         self.events: queue.Queue[Event | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self.reader_gone = threading.Event()
@@ -168,6 +227,7 @@ class _Front(LogitsProcessor):
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._longest = longest
+        self._gated = gated
         self._released: list[int] = []
         self._shown = 0  # characters
         self._length = 0
@@ -185,7 +245,7 @@ class _Front(LogitsProcessor):
         self._length = input_ids.shape[1]
         position = self._length - 1
         if self._session is None:
-            self._session = monitor.session(slot)
+            self._session = monitor.session(slot, self._hold_back())
             self.put(self._session.event("admitted", position=0))
         else:
             self._session.push(position, int(input_ids[0, -1]))
@@ -212,6 +272,9 @@ class _Front(LogitsProcessor):
         unfed = self.attachment.responses(sequences)[0][self._length - report.prompt_tokens :]
         for position, token in enumerate(unfed, start=self._length):
             self._session.push(position, token)
+        if self._gated is not None and not self._pass(self._gated, report):
+            halt = self.attachment.monitor.policy.on_halt
+            report = report.model_copy(update={"finish_reason": halt.finish_reason})
         self._release(self._session.finish(), None, report.risk)
         if self._session.phase != Phase.HALTED:
             # The decoder waits for the rest of a character that was cut short.
@@ -230,6 +293,34 @@ class _Front(LogitsProcessor):
             )
         )
         self.put(None)
+
+    def _hold_back(self) -> int | Literal["turn"] | None:
+        if self._gated is None or not self.attachment.enforces:
+            return None
+        return self._gated.gate.hold_back(self.attachment.monitor.policy.hold_back)
+
+    def _pass(self, gated: _Gated, report: StreamReport) -> bool:
+        """Let the gate judge the response and write it down; False if it is withheld."""
+        assert self._session is not None
+        gate, enforces = gated.gate, self.attachment.enforces
+        halted = self._session.phase == Phase.HALTED
+        decision = gate.judge(gated.turn, report, halted=halted)
+        decode = self._tokenizer.backend_tokenizer.decode
+        if decision.delivers or not enforces:
+            given = decode(self._released + self._session.hold_back.leaving)
+        else:
+            message = self.attachment.monitor.policy.on_halt.message
+            given = decode(self._released)[: self._shown] or message or ""
+        delivered = None if enforces else not halted
+        decision = gate.commit(gated.turn, decision, given, delivered=delivered)
+        facts = {"risk": decision.risk, "message": decision.explanation}
+        if decision.delivers or not enforces:
+            said = "CONTINUE" if decision.delivers else "HALT"
+            self.put(self._session.event("verdict", verdict=said, **facts))
+            return True
+        for event in self._session.withhold(cause=f"turn gate: {decision.cause}", **facts):
+            self.put(event)
+        return False
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that generation failed: an event, then the exception itself."""
