@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from midstream import testbed
 from midstream.bundle import Bundle
 from midstream.chain import ChainError
-from midstream.commands.gate import app
+from midstream.cli import app
 from midstream.engines.hf.scoring import GivenTokens, feed
 from midstream.learn.guarantee import GuaranteeError
 from midstream.learn.turn_fit import LabelledTurns, carry_of, edges_of, fit_turns
@@ -232,7 +232,7 @@ def fitted(talks: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def invoke(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    return CliRunner().invoke(app, ["gate", *map(str, arguments), "--json"])
 
 
 def test_the_evidence_is_the_one_that_serving_finds(talks: Path) -> None:
@@ -275,7 +275,7 @@ def test_fit_and_replay_on_the_testbed(talks: Path, fitted: Any) -> None:
     assert len(blocked) == metrics["conversations_blocked"]
     for name in ("risk.svg", "thresholds.svg", "timing.svg"):
         assert (out / name).read_bytes().startswith(b"<?xml")
-    again = CliRunner().invoke(app, ["replay", "--data", str(talks), "--out", str(out)])
+    again = CliRunner().invoke(app, ["gate", "replay", "--data", str(talks), "--out", str(out)])
     assert isinstance(again.exception, FileExistsError)
 
 
