@@ -35,6 +35,7 @@ from midstream.taps import Tap
 
 if TYPE_CHECKING:
     from midstream.engines.hf import Attachment
+    from midstream.engines.hf.batching import BatchingAttachment
 
 DEFAULT_TRACE = 1024
 """Tokens of per-token record kept per slot when nothing else is asked for."""
@@ -381,6 +382,18 @@ class Monitor:
         from midstream.engines.hf import Attachment
 
         return Attachment(self, model, tokenizer, **options)
+
+    def attach_batching(
+        self, model: Any, tokenizer: Any = None, **options: Any
+    ) -> BatchingAttachment:
+        """Serve requests by continuous batching; see `midstream.engines.hf.BatchingAttachment`."""
+        from midstream.engines.hf.batching import BatchingAttachment
+
+        return BatchingAttachment(self, model, tokenizer, **options)
+
+    def check_prior(self, prior: Sequence[float]) -> None:
+        """Refuse a prior that :meth:`admit` would refuse, with a ValueError."""
+        self._prior(prior)
 
     def _stream(self, slot: int) -> _Admitted:
         if slot not in self._admitted:

@@ -58,9 +58,14 @@ class HaltingProcessor(LogitsProcessor):
 
     def end(self, rows: Tensor, scores: Tensor) -> Tensor:
         """Return ``scores`` with only the end of sequence possible where ``rows`` [B] is true."""
-        stop = torch.full_like(scores[0], -torch.inf)
-        stop[self.attachment.end_token] = 0.0
-        return torch.where(rows[:, None], stop, scores)
+        return only_end(rows, scores, self.attachment.end_token)
+
+
+def only_end(rows: Tensor, scores: Tensor, end_token: int) -> Tensor:
+    """Return ``scores`` with only the end of sequence possible where ``rows`` [B] is true."""
+    stop = torch.full_like(scores[0], -torch.inf)
+    stop[end_token] = 0.0
+    return torch.where(rows[:, None], stop, scores)
 
 
 class Attachment:

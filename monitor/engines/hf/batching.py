@@ -1,0 +1,526 @@
+"""transformers: watch continuous batching, halt requests in the same step (design section 4.7).
+
+The taps read the packed rows ``[1, rows]`` of a step. A logits processor, which the manager calls
+after the forward pass and before it samples, labels them by the requests of the batch, folds them,
+and leaves halted requests no token but the end of sequence. After the step, once the verdicts can
+be read without waiting for the device, each request's reader is given what may leave.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NoReturn, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import (
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+)
+
+from midstream.bundle import Fingerprint
+from midstream.engines.hf import manager as seams
+from midstream.engines.hf.attachment import only_end
+from midstream.engines.hf.checks import (
+    UnsupportedGenerationError,
+    check_supported,
+    check_unwatched,
+    end_tokens,
+    window,
+)
+from midstream.engines.hf.requests import Request, Response
+from midstream.engines.hf.streaming import Prompt, encode
+from midstream.kernels.tables import Verdict
+from midstream.monitor import Monitor, NoFreeSlotError
+from midstream.streams import Session
+from midstream.taps import Tap, attach_taps
+
+_ENTRIES = (
+    "generate",
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+)
+
+
+class BatchingAttachment:
+    """A monitor on one transformers model that serves requests by continuous batching.
+
+    Use it as a context manager, in which the model's generation loop runs in a thread of its own::
+
+        with monitor.attach_batching(model, tokenizer) as m:
+            responses = m.generate_batch(prompts, max_new_tokens=64)
+
+    A server submits requests at any time and from any thread, and reads each one's events::
+
+            request = m.submit(prompt, max_new_tokens=64, tier="strict")
+            for event in request:
+                ...
+            request.cancel()
+
+    As many requests as the monitor has free slots run at a time; the others wait in order. A
+    request takes one step more than it has tokens, in which its last one is fed and scored.
+
+    Parameters
+    ----------
+    monitor : Monitor
+    model : transformers.PreTrainedModel
+        Must be the model the bundle was made for.
+    tokenizer : optional
+        Checked against the bundle; needed for prompts that are no ids, and for events.
+    tier : str, optional
+        Strictness of requests that ask for none.
+    enforce : bool
+        False only observes: nothing is halted or held, the reports say what would have been.
+    generation_config : GenerationConfig, optional
+        Of all requests, on top of the model's own.
+    batching : ContinuousBatchingConfig, optional
+        Sizes of the cache and of the batches. CUDA graphs, compilation and asynchronous batching
+        are off, and refused when asked for.
+
+    Raises
+    ------
+    WrongModelError
+        When the bundle was made for another model.
+    UnsupportedGenerationError
+        For options that cannot be watched, or another version of transformers.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        tier: str | None = None,
+        enforce: bool = True,
+        generation_config: GenerationConfig | None = None,
+        batching: ContinuousBatchingConfig | None = None,
+    ) -> None:
+        seams.check_version()
+        monitor.bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
+        check_supported(model)
+        monitor.recognise_segments(tokenizer)
+        self.monitor = monitor
+        self.model = model
+        self.tokenizer = tokenizer
+        self.enforces = enforce
+        self._tier = monitor.policy.tier_for(tier)
+        self._config = seams.generation_config(model, generation_config)
+        self._ends = end_tokens(self._config)
+        reads_prompt = any(probe.reads == "prompt" for probe in monitor.bank.probes)
+        self._batching = seams.watchable(batching, model, reads_prompt=reads_prompt)
+        self._taps = monitor.bank.taps
+        self._attached = ExitStack()
+        self._lock = threading.Lock()
+        self._requests: dict[str, Request] = {}  # all that have not ended
+        self._waiting: deque[Request] = deque()  # for a slot
+        self._cancelled: deque[Request] = deque()
+        self._count = self._running = self._reads = 0
+        self._closed: str | None = "enter it with `with` first"
+        self._leaving = False
+        self._loop: int | None = None
+        self._fed: list[Request] = []
+
+    def __enter__(self) -> Self:
+        check_unwatched(self.model)
+        self._slots = self.monitor.free_slots
+        if not self._slots:
+            raise NoFreeSlotError("the monitor has 0 free slots; retire streams, or build another")
+        with ExitStack() as stack:
+            stack.enter_context(self.monitor.exclusive())
+            stack.callback(self._restore_attention, self.model.config._attn_implementation)
+            stack.enter_context(attach_taps(self.model, self._taps, self._observe))
+            for name in _ENTRIES:
+                setattr(self.model, name, _refused)
+                stack.callback(delattr, self.model, name)  # the class's own shows again
+            self._manager = seams.WatchedManager(self.model, self._config, self._batching, self)
+            stack.callback(self._manager.destroy)
+            room = [self._manager.longest, window(self.model)]
+            self._room = min(tokens for tokens in room if tokens is not None)
+            self._manager.start()
+            stack.callback(self._stop)
+            self._closed = None
+            self._attached = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._attached.close()
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        tier: str | None = None,
+    ) -> list[Response]:
+        """Generate responses to all prompts, and wait for them.
+
+        Returns
+        -------
+        list of Response
+            One per prompt, in their order.
+
+        Raises
+        ------
+        GenerationFailedError
+        """
+        requests = []
+        try:
+            for prompt in prompts:
+                requests.append(self.submit(prompt, max_new_tokens=max_new_tokens, tier=tier))
+            return [request.result() for request in requests]
+        finally:
+            for request in requests:
+                request.cancel()  # those that are left when there was an error
+
+    def submit(
+        self,
+        prompt: Prompt | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        tier: str | None = None,
+        prior: Sequence[float] | None = None,
+        request_id: str | None = None,
+        **sampling: Any,
+    ) -> Request:
+        """Queue a request, from any thread.
+
+        Parameters
+        ----------
+        prompt : str, chat messages, or sequence of int
+        max_new_tokens : int, optional
+            The generation config's when not given. Fewer where the model's window or the cache ends
+            before.
+        tier : str, optional
+        prior : sequence of float, optional
+            Belief that the stream starts from, as for :meth:`midstream.monitor.Monitor.admit`.
+        request_id : str, optional
+            Not one of a request that runs or waits.
+        sampling
+            The request's own ``temperature``, ``top_k``, ``top_p``, where the batching config has
+            ``per_request_processors``.
+
+        Raises
+        ------
+        UnsupportedGenerationError
+            For a prompt that is empty or too long, or a request that cannot be served.
+        PolicyError
+            For a tier that may not be asked for.
+        GenerationFailedError
+            When the generation loop has ended.
+        """
+        self._check_open()
+        ids = self._ids(prompt)
+        if len(ids) >= self._room:
+            raise UnsupportedGenerationError(
+                f"the prompt has {len(ids)} tokens, the model's window and the cache have room for "
+                f"{self._room}; shorten it, or give the cache more blocks"
+            )
+        if max_new_tokens is None:
+            max_new_tokens = self._config.max_new_tokens
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UnsupportedGenerationError(
+                f"max_new_tokens: expected at least 1, got {max_new_tokens}"
+            )
+        longest = self._room - len(ids)
+        if prior is not None:
+            self.monitor.check_prior(prior)
+        self._manager.logit_processor.check_kwargs(sampling)
+        seams.check_sampling(sampling, self.model.config.get_text_config().vocab_size)
+        tier = self._tier if tier is None else self.monitor.policy.tier_for(tier)
+        with self._lock:
+            self._check_open()
+            name = f"stream-{self._count}" if request_id is None else request_id
+            self._count += 1
+            if name in self._requests:
+                raise UnsupportedGenerationError(
+                    f"request {name!r} is there already; choose another"
+                )
+            request = Request(
+                Session(name, self.monitor.policy, self.monitor.bundle.hash),
+                ids,
+                limit=longest if max_new_tokens is None else min(max_new_tokens, longest),
+                tier=tier,
+                prior=prior,
+                sampling=sampling,
+                tokenizer=self.tokenizer,
+                cancel=self._cancel,
+            )
+            self._requests[name] = request
+            self._waiting.append(request)
+            self._hand_over()
+        return request
+
+    def before_step(self) -> None:
+        """Take out what was cancelled since the last step."""
+        self._loop = threading.get_ident()
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            if not request.ended:
+                self._manager.drop(request.id)
+                self._end(request, "cancelled")
+
+    def judge(self, scores: Tensor) -> Tensor:
+        """Fold the rows of this step; return ``scores`` [n, vocabulary], ended requests' replaced.
+
+        Raises
+        ------
+        UnsupportedGenerationError
+            When not every row was read once at each tap.
+        """
+        batch = self._manager.batch
+        rows, fed, followed, sampling = _Rows(), [], _Rows(), []
+        for future in batch.requests_in_batch:
+            state = future.state
+            request = self._requests[state.request_id]
+            begin, end = state.position_offset - future.query_length, state.position_offset
+            slot = self._admitted(request)
+            if self._take(request, state, end):
+                followed.add(slot, request.tokens[-1:], end - 1)
+            rows.add(slot, request.tokens[begin:end], begin)
+            if end >= request.prompt_tokens:
+                fed.append((request, end - 1))
+            if future.has_new_token:
+                sampling.append(request)
+        if self._reads != len(self._taps) or self.monitor.observed_rows != len(rows):
+            raise UnsupportedGenerationError(
+                f"{self._reads} readings at {len(self._taps)} taps, of "
+                f"{self.monitor.observed_rows} rows, for {len(rows)} rows; tap layers that run "
+                "once, and let nothing else call the model"
+            )
+        self._reads = 0
+        slot, token, position = rows.labels(self.monitor.device)
+        # Read in after_step, when the device has got there.
+        told = torch.stack([batch.input_ids[: len(rows)], batch.position_ids[: len(rows)]])
+        self._mislabelled = (told != torch.stack([token, position])).any()
+        if len(followed):
+            new = followed.labels(self.monitor.device)
+            self.monitor.follow(new[0], new[1].long())
+        self.monitor.advance(slot, position)
+        self._fed = fed
+        return self._end_rows(sampling, scores)
+
+    def after_step(self) -> None:
+        """Let the readers have what the verdicts of this step allow.
+
+        Raises
+        ------
+        UnsupportedGenerationError
+            When the rows were of other tokens than those they were put under.
+        """
+        if bool(self._mislabelled):
+            raise UnsupportedGenerationError(
+                "the batch's tokens or positions are not those of its requests; nothing of this "
+                "step was released"
+            )
+        table, slots = self.monitor.slots.host, [request.slot for request, _ in self._fed]
+        columns = (getattr(table, name)[slots].tolist() for name in ("verdict", "risk", "cause"))
+        for (request, position), number, risk, cause in zip(self._fed, *columns, strict=True):
+            if position <= request.judged:  # recomputed
+                continue
+            request.judged = position
+            verdict = Verdict(number) if self.enforces else Verdict.CONTINUE
+            tokens, events = request.session.judge(
+                position, verdict, risk, self.monitor.cause_name(cause)
+            )
+            request.release(tokens, position, risk)
+            for event in events:
+                request.tell(event)
+
+    def finished(self, output: GenerationOutput) -> None:
+        """Close a request that the manager has done with."""
+        request = self._requests.get(output.request_id)
+        if request is None:  # dropped, and then failed with all others
+            return
+        if output.status == RequestStatus.FAILED:
+            self._end(request, "error", output.error, output.generated_tokens)
+        else:
+            by_length = request.response_tokens >= request.limit
+            self._end(request, "length" if by_length else "stop", None, output.generated_tokens)
+
+    def stopped(self) -> None:
+        """Close all that is left: the generation loop has ended."""
+        fatal = self._manager.background_thread_status.fatal_error
+        self._loop = None
+        self.monitor.discard()
+        with self._lock:
+            if self._closed is None:
+                self._closed = f"the generation loop has ended: {fatal}"
+            self._waiting.clear()
+            left = list(self._requests.values())
+        for request in left:
+            self._end(request, "error", str(fatal))
+
+    def _restore_attention(self, implementation: str) -> None:
+        """As it was, also where the manager failed after it had chosen one of its own."""
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise UnsupportedGenerationError(f"no request can be taken: {self._closed}")
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._closed = "the attachment was left"
+            self._leaving = True
+        self._manager.stop(hard_stop=True)
+
+    def _hand_over(self) -> None:
+        """Give the manager as many requests as there are slots; the lock is held."""
+        while self._waiting and self._running < self._slots:
+            request = self._waiting.popleft()
+            self._running += 1
+            request.running = True
+            # one step more than asked for, in which the last token is fed and scored
+            self._manager.add_request(
+                request.tokens,
+                request.id,
+                max_new_tokens=request.limit + 1,
+                eos_token_id=self._ends,
+                **request.sampling,
+            )
+
+    def _cancel(self, request: Request) -> None:
+        with self._lock:
+            if request.running or request.ended:
+                self._cancelled.append(request)
+                self._manager.wake()
+                return
+            self._waiting.remove(request)
+        self._end(request, "cancelled")
+
+    def _end(
+        self,
+        request: Request,
+        reason: str,
+        error: str | None = None,
+        sampled: Sequence[int] = (),
+    ) -> None:
+        """Free its slot, let go what may still leave, and close it."""
+        if reason == "error" and self._leaving:
+            reason = "cancelled"
+        ends = (i for i, token in enumerate(sampled) if token in self._ends)
+        unfed = sampled[request.response_tokens : next(ends, len(sampled))]
+        report = None
+        if request.slot is not None:
+            for position, token in enumerate(unfed, start=len(request.tokens)):
+                request.session.push(position, token)
+            report = self.monitor.retire(
+                request.slot,
+                reason,
+                never_fed=len(unfed),
+                enforced=self.enforces and reason != "error",
+            )
+            request.slot = None
+            request.release(request.session.finish(), None, report.risk)
+        with self._lock:
+            del self._requests[request.id]
+            if request.running:
+                self._running -= 1
+                self._hand_over()
+        if reason == "error":
+            request.fail(error or "unknown")
+        else:
+            request.end(report.finish_reason if report else reason, report)
+
+    def _admitted(self, request: Request) -> int:
+        if request.slot is None:
+            prompt = request.tokens[: request.prompt_tokens]
+            request.slot = self.monitor.admit(
+                request.id, len(prompt), request.tier, prompt=prompt, prior=request.prior
+            )
+            request.tell(request.session.event("admitted", position=0))
+        return request.slot
+
+    @staticmethod
+    def _take(request: Request, state: RequestState, end: int) -> bool:
+        """Take the token of the response that is fed for the first time, if there is one."""
+        new = end - len(request.tokens)
+        if new < 1:
+            return False
+        if new > 1:
+            raise UnsupportedGenerationError(
+                f"request {request.id!r}: {new} tokens of the response are fed at a time, 1 can "
+                "have been sampled; this version of transformers cannot be watched"
+            )
+        # Preempted, it comes back with what it had sampled behind its prompt.
+        at = len(request.tokens) - len(state.initial_tokens)
+        token = state.initial_tokens[at] if at < 0 else state.generated_tokens[at]
+        request.session.push(len(request.tokens), token)
+        request.tokens.append(token)
+        return True
+
+    def _end_rows(self, sampling: list[Request], scores: Tensor) -> Tensor:
+        """Leave those halted, and those at their limit, no token but the end of sequence."""
+        rows = np.zeros(len(scores), dtype=bool)  # requests in the middle of a prompt come last
+        rows[: len(sampling)] = [request.response_tokens >= request.limit for request in sampling]
+        slots = [request.slot for request in sampling]
+        if self.enforces and self.monitor.device.type == "cpu":
+            # A look at the table's own memory spares a pass over [rows, vocabulary].
+            rows[: len(sampling)] |= self.monitor.slots.host.verdict[slots] == Verdict.HALT
+        if self.enforces and self.monitor.device.type != "cpu":
+            ended = torch.from_numpy(rows).to(scores.device)
+            ended[: len(sampling)] |= self.monitor.slots.verdict[slots] == int(Verdict.HALT)
+            return only_end(ended, scores, self._ends[0])
+        if not rows.any():
+            return scores
+        return only_end(torch.from_numpy(rows).to(scores.device), scores, self._ends[0])
+
+    def _observe(self, tap: Tap, hidden: Tensor) -> None:
+        if threading.get_ident() != self._loop:
+            raise UnsupportedGenerationError(
+                "a forward pass outside of the generation loop has no streams to put its rows "
+                "under; submit requests, or leave the attachment first"
+            )
+        self._reads += 1
+        self.monitor.observe(tap, hidden)
+
+    def _ids(self, prompt: Prompt | Sequence[int]) -> list[int]:
+        if len(prompt) and isinstance(prompt[0], int):
+            ids = [int(token) for token in prompt]
+            size = self.model.config.get_text_config().vocab_size
+            if wrong := [token for token in ids if not 0 <= token < size]:
+                raise UnsupportedGenerationError(
+                    f"the prompt has ids {wrong[:5]}, expected 0 to {size - 1}"
+                )
+            return ids
+        if self.tokenizer is None:
+            raise UnsupportedGenerationError(
+                "a prompt that is no list of ids needs the tokenizer; pass it to attach_batching"
+            )
+        return encode(self.model, self.tokenizer, prompt)[0].tolist()
+
+
+class _Rows:
+    """Labels of packed rows."""
+
+    def __init__(self) -> None:
+        self._columns: tuple[list[int], list[int], list[int]] = ([], [], [])
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def add(self, slot: int, tokens: Sequence[int], begin: int) -> None:
+        slots, ids, positions = self._columns
+        slots += [slot] * len(tokens)
+        ids += tokens
+        positions += range(begin, begin + len(tokens))
+
+    def labels(self, device: torch.device) -> Tensor:
+        """Slot, token and position of each row, int32 [3, rows]."""
+        return torch.tensor(self._columns, dtype=torch.int32).to(device)
+
+
+def _refused(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedGenerationError(
+        "the model serves a watched generation loop; use submit or generate_batch of the "
+        "attachment, or leave it first"
+    )
