@@ -12,21 +12,17 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import (
     GenerationOutput,
-    RequestState,
     RequestStatus,
 )
 
 from midstream.bundle import Fingerprint
 from midstream.engines.hf import manager as seams
-from midstream.engines.hf.attachment import only_end
 from midstream.engines.hf.checks import (
     UnsupportedGenerationError,
     check_supported,
@@ -34,12 +30,12 @@ from midstream.engines.hf.checks import (
     end_tokens,
     window,
 )
+from midstream.engines.hf.packed import PackedStreams
 from midstream.engines.hf.requests import Request, Response
 from midstream.engines.hf.streaming import Prompt, encode
-from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor, NoFreeSlotError
 from midstream.streams import Session
-from midstream.taps import Tap, attach_taps
+from midstream.taps import attach_taps
 
 _ENTRIES = (
     "generate",
@@ -114,19 +110,17 @@ class BatchingAttachment:
         self._tier = monitor.policy.tier_for(tier)
         self._config = seams.generation_config(model, generation_config)
         self._ends = end_tokens(self._config)
+        self._streams = PackedStreams(monitor, enforce, self._ends)
         reads_prompt = any(probe.reads == "prompt" for probe in monitor.bank.probes)
         self._batching = seams.watchable(batching, model, reads_prompt=reads_prompt)
-        self._taps = monitor.bank.taps
         self._attached = ExitStack()
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}  # all that have not ended
         self._waiting: deque[Request] = deque()  # for a slot
         self._cancelled: deque[Request] = deque()
-        self._count = self._running = self._reads = 0
+        self._count = self._running = 0
         self._closed: str | None = "enter it with `with` first"
         self._leaving = False
-        self._loop: int | None = None
-        self._fed: list[Request] = []
 
     def __enter__(self) -> Self:
         check_unwatched(self.model)
@@ -136,7 +130,9 @@ class BatchingAttachment:
         with ExitStack() as stack:
             stack.enter_context(self.monitor.exclusive())
             stack.callback(self._restore_attention, self.model.config._attn_implementation)
-            stack.enter_context(attach_taps(self.model, self._taps, self._observe))
+            stack.enter_context(
+                attach_taps(self.model, self.monitor.bank.taps, self._streams.observe)
+            )
             for name in _ENTRIES:
                 setattr(self.model, name, _refused)
                 stack.callback(delattr, self.model, name)  # the class's own shows again
@@ -260,7 +256,7 @@ class BatchingAttachment:
 
     def before_step(self) -> None:
         """Take out what was cancelled since the last step."""
-        self._loop = threading.get_ident()
+        self._streams.enter_thread()
         while self._cancelled:
             request = self._cancelled.popleft()
             if not request.ended:
@@ -268,71 +264,12 @@ class BatchingAttachment:
                 self._end(request, "cancelled")
 
     def judge(self, scores: Tensor) -> Tensor:
-        """Fold the rows of this step; return ``scores`` [n, vocabulary], ended requests' replaced.
-
-        Raises
-        ------
-        UnsupportedGenerationError
-            When not every row was read once at each tap.
-        """
-        batch = self._manager.batch
-        rows, fed, followed, sampling = _Rows(), [], _Rows(), []
-        for future in batch.requests_in_batch:
-            state = future.state
-            request = self._requests[state.request_id]
-            begin, end = state.position_offset - future.query_length, state.position_offset
-            slot = self._admitted(request)
-            if self._take(request, state, end):
-                followed.add(slot, request.tokens[-1:], end - 1)
-            rows.add(slot, request.tokens[begin:end], begin)
-            if end >= request.prompt_tokens:
-                fed.append((request, end - 1))
-            if future.has_new_token:
-                sampling.append(request)
-        if self._reads != len(self._taps) or self.monitor.observed_rows != len(rows):
-            raise UnsupportedGenerationError(
-                f"{self._reads} readings at {len(self._taps)} taps, of "
-                f"{self.monitor.observed_rows} rows, for {len(rows)} rows; tap layers that run "
-                "once, and let nothing else call the model"
-            )
-        self._reads = 0
-        slot, token, position = rows.labels(self.monitor.device)
-        # Read in after_step, when the device has got there.
-        told = torch.stack([batch.input_ids[: len(rows)], batch.position_ids[: len(rows)]])
-        self._mislabelled = (told != torch.stack([token, position])).any()
-        if len(followed):
-            new = followed.labels(self.monitor.device)
-            self.monitor.follow(new[0], new[1].long())
-        self.monitor.advance(slot, position)
-        self._fed = fed
-        return self._end_rows(sampling, scores)
+        """Fold the rows of this step; return the logits to sample from."""
+        return self._streams.judge(self._manager.batch, self._requests, scores)
 
     def after_step(self) -> None:
-        """Let the readers have what the verdicts of this step allow.
-
-        Raises
-        ------
-        UnsupportedGenerationError
-            When the rows were of other tokens than those they were put under.
-        """
-        if bool(self._mislabelled):
-            raise UnsupportedGenerationError(
-                "the batch's tokens or positions are not those of its requests; nothing of this "
-                "step was released"
-            )
-        table, slots = self.monitor.slots.host, [request.slot for request, _ in self._fed]
-        columns = (getattr(table, name)[slots].tolist() for name in ("verdict", "risk", "cause"))
-        for (request, position), number, risk, cause in zip(self._fed, *columns, strict=True):
-            if position <= request.judged:  # recomputed
-                continue
-            request.judged = position
-            verdict = Verdict(number) if self.enforces else Verdict.CONTINUE
-            tokens, events = request.session.judge(
-                position, verdict, risk, self.monitor.cause_name(cause)
-            )
-            request.release(tokens, position, risk)
-            for event in events:
-                request.tell(event)
+        """Let the readers have what the verdicts of this step allow."""
+        self._streams.release()
 
     def finished(self, output: GenerationOutput) -> None:
         """Close a request that the manager has done with."""
@@ -348,8 +285,7 @@ class BatchingAttachment:
     def stopped(self) -> None:
         """Close all that is left: the generation loop has ended."""
         fatal = self._manager.background_thread_status.fatal_error
-        self._loop = None
-        self.monitor.discard()
+        self._streams.leave_thread()
         with self._lock:
             if self._closed is None:
                 self._closed = f"the generation loop has ended: {fatal}"
@@ -407,20 +343,7 @@ class BatchingAttachment:
         """Free its slot, let go what may still leave, and close it."""
         if reason == "error" and self._leaving:
             reason = "cancelled"
-        ends = (i for i, token in enumerate(sampled) if token in self._ends)
-        unfed = sampled[request.response_tokens : next(ends, len(sampled))]
-        report = None
-        if request.slot is not None:
-            for position, token in enumerate(unfed, start=len(request.tokens)):
-                request.session.push(position, token)
-            report = self.monitor.retire(
-                request.slot,
-                reason,
-                never_fed=len(unfed),
-                enforced=self.enforces and reason != "error",
-            )
-            request.slot = None
-            request.release(request.session.finish(), None, report.risk)
+        report = self._streams.retire(request, reason, sampled)
         with self._lock:
             del self._requests[request.id]
             if request.running:
@@ -431,61 +354,9 @@ class BatchingAttachment:
         else:
             request.end(report.finish_reason if report else reason, report)
 
-    def _admitted(self, request: Request) -> int:
-        if request.slot is None:
-            prompt = request.tokens[: request.prompt_tokens]
-            request.slot = self.monitor.admit(
-                request.id, len(prompt), request.tier, prompt=prompt, prior=request.prior
-            )
-            request.tell(request.session.event("admitted", position=0))
-        return request.slot
-
-    @staticmethod
-    def _take(request: Request, state: RequestState, end: int) -> bool:
-        """Take the token of the response that is fed for the first time, if there is one."""
-        new = end - len(request.tokens)
-        if new < 1:
-            return False
-        if new > 1:
-            raise UnsupportedGenerationError(
-                f"request {request.id!r}: {new} tokens of the response are fed at a time, 1 can "
-                "have been sampled; this version of transformers cannot be watched"
-            )
-        # Preempted, it comes back with what it had sampled behind its prompt.
-        at = len(request.tokens) - len(state.initial_tokens)
-        token = state.initial_tokens[at] if at < 0 else state.generated_tokens[at]
-        request.session.push(len(request.tokens), token)
-        request.tokens.append(token)
-        return True
-
-    def _end_rows(self, sampling: list[Request], scores: Tensor) -> Tensor:
-        """Leave those halted, and those at their limit, no token but the end of sequence."""
-        rows = np.zeros(len(scores), dtype=bool)  # requests in the middle of a prompt come last
-        rows[: len(sampling)] = [request.response_tokens >= request.limit for request in sampling]
-        slots = [request.slot for request in sampling]
-        if self.enforces and self.monitor.device.type == "cpu":
-            # A look at the table's own memory spares a pass over [rows, vocabulary].
-            rows[: len(sampling)] |= self.monitor.slots.host.verdict[slots] == Verdict.HALT
-        if self.enforces and self.monitor.device.type != "cpu":
-            ended = torch.from_numpy(rows).to(scores.device)
-            ended[: len(sampling)] |= self.monitor.slots.verdict[slots] == int(Verdict.HALT)
-            return only_end(ended, scores, self._ends[0])
-        if not rows.any():
-            return scores
-        return only_end(torch.from_numpy(rows).to(scores.device), scores, self._ends[0])
-
-    def _observe(self, tap: Tap, hidden: Tensor) -> None:
-        if threading.get_ident() != self._loop:
-            raise UnsupportedGenerationError(
-                "a forward pass outside of the generation loop has no streams to put its rows "
-                "under; submit requests, or leave the attachment first"
-            )
-        self._reads += 1
-        self.monitor.observe(tap, hidden)
-
     def _ids(self, prompt: Prompt | Sequence[int]) -> list[int]:
         if len(prompt) and isinstance(prompt[0], int):
-            ids = [int(token) for token in prompt]
+            ids = [int(cast(int, token)) for token in prompt]
             size = self.model.config.get_text_config().vocab_size
             if wrong := [token for token in ids if not 0 <= token < size]:
                 raise UnsupportedGenerationError(
@@ -496,27 +367,8 @@ class BatchingAttachment:
             raise UnsupportedGenerationError(
                 "a prompt that is no list of ids needs the tokenizer; pass it to attach_batching"
             )
-        return encode(self.model, self.tokenizer, prompt)[0].tolist()
-
-
-class _Rows:
-    """Labels of packed rows."""
-
-    def __init__(self) -> None:
-        self._columns: tuple[list[int], list[int], list[int]] = ([], [], [])
-
-    def __len__(self) -> int:
-        return len(self._columns[0])
-
-    def add(self, slot: int, tokens: Sequence[int], begin: int) -> None:
-        slots, ids, positions = self._columns
-        slots += [slot] * len(tokens)
-        ids += tokens
-        positions += range(begin, begin + len(tokens))
-
-    def labels(self, device: torch.device) -> Tensor:
-        """Slot, token and position of each row, int32 [3, rows]."""
-        return torch.tensor(self._columns, dtype=torch.int32).to(device)
+        ids = encode(self.model, self.tokenizer, cast(Prompt, prompt))[0].tolist()
+        return cast(list[int], ids)
 
 
 def _refused(*args: Any, **kwargs: Any) -> NoReturn:

@@ -51,7 +51,7 @@ class Watcher(Protocol):
         """The loop has ended, in whatever way."""
 
 
-class WatchedManager(ContinuousBatchingManager):  # type: ignore[misc]
+class WatchedManager(ContinuousBatchingManager):
     """A manager whose loop calls a watcher.
 
     Parameters
@@ -81,19 +81,24 @@ class WatchedManager(ContinuousBatchingManager):  # type: ignore[misc]
     @property
     def longest(self) -> int:
         """Tokens, prompt and response, of a request that has the whole cache to itself."""
-        return int(infer_max_single_request_tokens(self.batch_processor.cache))
+        return int(infer_max_single_request_tokens(self._processor.cache))
 
     @property
     def batch(self) -> Any:
         """The batch that runs: its requests, in order, and what was packed for them."""
-        return self.batch_processor.inputs_and_outputs
+        return self._processor.inputs_and_outputs
+
+    @property
+    def _processor(self) -> Any:
+        assert self.batch_processor is not None  # until the loop was stopped
+        return self.batch_processor
 
     def drop(self, request_id: str) -> None:
         """Take a request out before the next step is scheduled. In the loop's thread only.
 
         `cancel_request` is for other threads, and can overtake the request that it cancels.
         """
-        self.batch_processor.scheduler.set_request_cancellation(request_id)
+        self._processor.scheduler.set_request_cancellation(request_id)
 
     def wake(self) -> None:
         """Let a loop that waits for work look again."""
@@ -124,7 +129,7 @@ class _Judging(LogitsProcessor):
         return self._watcher.judge(scores)
 
 
-class _Finished(OutputRouter):  # type: ignore[misc]
+class _Finished(OutputRouter):
     """Hands outputs to a callable instead of the queue."""
 
     def __init__(self, finished: Callable[[GenerationOutput], None]) -> None:
