@@ -577,7 +577,7 @@ def test_tiers_and_priors_are_each_requests_own() -> None:
         with pytest.raises(ValueError, match="prior"):
             m.submit(NEVER, prior=[0.5])
     with attach(watching, tier="strict") as m:
-        assert m.generate_batch([never])[0].report.tier == "strict"
+        assert m.generate_batch([NEVER])[0].report.tier == "strict"
 
 
 def test_segments_are_judged_by_their_own_thresholds() -> None:
@@ -703,7 +703,7 @@ def test_another_version_of_transformers_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_requests_that_cannot_be_served_are_refused() -> None:
-    watching = monitor()
+    watching = monitor(slots=1)
     with attach(watching, batching=batching(num_blocks=5)) as m:
         room = m._room
         assert 4 <= room < toy.WINDOW
@@ -719,13 +719,14 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
                 m.submit(prompt, **options)
         with pytest.raises(UnsupportedGenerationError, match="without a tokenizer"):
             list(m.submit([5]))
-        held = [m.submit([5], request_id="mine") for _ in range(1)]
+        m.submit(NEVER)
+        waiting = m.submit([5], request_id="mine")
         with pytest.raises(UnsupportedGenerationError, match="'mine' is there already"):
             m.submit([5], request_id="mine")
-        held[0].result(20)
-            response = m.submit(NEVER, max_new_tokens=50).result(20)
+        waiting.result(20)
+        response = m.submit(NEVER, max_new_tokens=50).result(20)
         assert (response.finish_reason, len(response.tokens)) == ("length", room - len(NEVER))
-    assert watching.free_slots == 8
+    assert watching.free_slots == 1
 
 
 def test_the_window_ends_a_response() -> None:

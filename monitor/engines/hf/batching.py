@@ -367,8 +367,7 @@ class BatchingAttachment:
             raise UnsupportedGenerationError(
                 "a prompt that is no list of ids needs the tokenizer; pass it to attach_batching"
             )
-        ids = encode(self.model, self.tokenizer, cast(Prompt, prompt))[0].tolist()
-        return cast(list[int], ids)
+        return encode(self.model, self.tokenizer, cast(Prompt, prompt))[0].tolist()
 
 
 def _refused(*args: Any, **kwargs: Any) -> NoReturn:
