@@ -276,7 +276,8 @@ class BatchingAttachment:
         request = self._requests.get(output.request_id)
         if request is None:  # dropped, and then failed with all others
             return
-        if output.status == RequestStatus.FAILED:
+        if output.status == RequestStatus.FAILED:  # the loop is about to end, and all with it
+            self._close(str(output.error))
             self._end(request, "error", output.error, output.generated_tokens)
         else:
             by_length = request.response_tokens >= request.limit
@@ -286,9 +287,8 @@ class BatchingAttachment:
         """Close all that is left: the generation loop has ended."""
         fatal = self._manager.background_thread_status.fatal_error
         self._streams.leave_thread()
+        self._close(str(fatal))
         with self._lock:
-            if self._closed is None:
-                self._closed = f"the generation loop has ended: {fatal}"
             self._waiting.clear()
             left = list(self._requests.values())
         for request in left:
@@ -302,6 +302,11 @@ class BatchingAttachment:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise UnsupportedGenerationError(f"no request can be taken: {self._closed}")
+
+    def _close(self, error: str) -> None:
+        with self._lock:
+            if self._closed is None:
+                self._closed = f"the generation loop has ended: {error}"
 
     def _stop(self) -> None:
         with self._lock:
@@ -355,7 +360,9 @@ class BatchingAttachment:
             request.end(report.finish_reason if report else reason, report)
 
     def _ids(self, prompt: Prompt | Sequence[int]) -> list[int]:
-        if len(prompt) and isinstance(prompt[0], int):
+        if not prompt:
+            raise UnsupportedGenerationError("the prompt is empty; give at least one token")
+        if isinstance(prompt[0], int):
             ids = [int(cast(int, token)) for token in prompt]
             size = self.model.config.get_text_config().vocab_size
             if wrong := [token for token in ids if not 0 <= token < size]:
