@@ -6,6 +6,8 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +82,11 @@ NEVER = prompts(*LENGTHS)[5]
 
 def written(prompt: Sequence[int], tokens: int = 12) -> list[int]:
     """What the toy writes when nobody watches, in the one loop that packs nothing."""
+    return list(_written(tuple(prompt), tokens))
+
+
+@cache
+def _written(prompt: tuple[int, ...], tokens: int) -> list[int]:
     out = toy.model().generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
     return toy.before_end(out[0, len(prompt) :].tolist())
 
@@ -433,31 +440,26 @@ def test_held_text_waits_and_what_ends_on_hold_stays() -> None:
 def test_a_token_that_was_sampled_and_never_fed_is_unscored(
     on_unscored: Any, leaves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop is stopped between two steps."""
+    """The attachment is left while the loop stands between two steps."""
     watching = monitor(on_unscored=on_unscored)
-    steps: list[int] = []
-    go_on = threading.Event()
+    stands, go_on = threading.Event(), threading.Event()
     before = BatchingAttachment.before_step
 
-    def slow(self: BatchingAttachment) -> None:
-        steps.append(1)
-        if len(steps) > 4:
+    def stop_there(self: BatchingAttachment) -> None:
+        if any(request.response_tokens > 2 for request in self._requests.values()):
+            stands.set()
             go_on.wait(20)
         before(self)
 
-    ids = NEVER
+    monkeypatch.setattr(BatchingAttachment, "before_step", stop_there)
     with attach(watching) as m:
-        monkeypatch.setattr(BatchingAttachment, "before_step", slow)
-        request = m.submit(ids)
-        while len(steps) <= 4:
-            time.sleep(0.01)
-        m._manager.background_thread_status.request_stop(2, 0)
-        go_on.set()
-    response, want = request.result(20), written(ids)
+        request = m.submit(NEVER, max_new_tokens=50)
+        assert stands.wait(20)
+        threading.Timer(0.3, go_on.set).start()
+    response, want = request.result(0), written(NEVER, 50)
     report = response.report
     assert report is not None
-    assert response.finish_reason == "cancelled"
-    assert report.unscored == 1
+    assert (response.finish_reason, report.unscored) == ("cancelled", 1)
     assert response.tokens == want[: report.scored + leaves]
 
 
@@ -621,6 +623,26 @@ def test_a_request_may_have_its_own_temperature() -> None:
         ]:
             with pytest.raises((ValueError, TypeError), match=message):
                 m.submit(NEVER, **wrong)
+
+
+def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[1] / "docs" / "engines.md"
+    _, section = page.read_text(encoding="utf-8").split("## transformers, continuous batching")
+    names: dict[str, Any] = {}
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    assert len(names["responses"]) == len(names["texts"]) == 32
+    reasons = {response.finish_reason for response in names["responses"]}
+    assert reasons <= {"stop", "length", "content_filter"}
+    assert names["monitor"].free_slots == 16
+    assert capsys.readouterr().out.strip().endswith(names["request"].result().finish_reason)
+
+
+def test_an_attachment_can_be_entered_again() -> None:
+    watching = monitor()
+    with attach(watching) as m:
+        check(m.generate_batch([[5, 6]])[0], [5, 6])
+    with m:
+        check(m.generate_batch([[5, 6]])[0], [5, 6])
 
 
 # -- what is refused ------------------------------------------------------------------------------

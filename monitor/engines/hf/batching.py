@@ -142,7 +142,7 @@ class BatchingAttachment:
             self._room = min(tokens for tokens in room if tokens is not None)
             self._manager.start()
             stack.callback(self._stop)
-            self._closed = None
+            self._closed, self._leaving = None, False
             self._attached = stack.pop_all()
         return self
 
@@ -206,11 +206,10 @@ class BatchingAttachment:
         Raises
         ------
         UnsupportedGenerationError
-            For a prompt that is empty or too long, or a request that cannot be served.
+            For a prompt that is empty or too long, a request that cannot be served, or when the
+            generation loop has ended.
         PolicyError
             For a tier that may not be asked for.
-        GenerationFailedError
-            When the generation loop has ended.
         """
         self._check_open()
         ids = self._ids(prompt)
@@ -331,8 +330,8 @@ class BatchingAttachment:
 
     def _cancel(self, request: Request) -> None:
         with self._lock:
-            if request.running or request.ended:
-                self._cancelled.append(request)
+            if request not in self._waiting:
+                self._cancelled.append(request)  # before_step goes on from here
                 self._manager.wake()
                 return
             self._waiting.remove(request)
@@ -345,13 +344,15 @@ class BatchingAttachment:
         error: str | None = None,
         sampled: Sequence[int] = (),
     ) -> None:
-        """Free its slot, let go what may still leave, and close it."""
+        """Free its slot, let go what may still leave, and close it; a second time do nothing."""
+        with self._lock:
+            if self._requests.pop(request.id, None) is not request:
+                return
         if reason == "error" and self._leaving:
             reason = "cancelled"
         report = self._streams.retire(request, reason, sampled)
-        with self._lock:
-            del self._requests[request.id]
-            if request.running:
+        if request.running:
+            with self._lock:
                 self._running -= 1
                 self._hand_over()
         if reason == "error":

@@ -127,6 +127,7 @@ class Request:
                 yield self.session.event("released", position=position, risk=risk, text=text)
             if isinstance(item, Event):
                 yield item
+        self._items.put(None)  # for whoever reads on
         if self._error is not None:
             raise self._error
 
