@@ -40,14 +40,16 @@ _PREFIX = "midstream:ledger:1:"  # the version of what is below
 _AGES = _PREFIX + "ages"
 
 # KEYS: the set of ages, then the hash of each record. ARGV: field, value and age of each record.
+# Scripts are not rolled back: where the age cannot be set there must be no turn, or it never expires.
 _WRITE = """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 local added = {}
 for i = 1, #KEYS - 1 do
-    added[i] = redis.call('HSETNX', KEYS[i + 1], ARGV[3 * i - 2], ARGV[3 * i - 1])
+    added[i] = 1 - redis.call('HEXISTS', KEYS[i + 1], ARGV[3 * i - 2])
     if added[i] == 1 then
         redis.call('ZADD', KEYS[1], 'GT', now - ARGV[3 * i], KEYS[i + 1])
+        redis.call('HSET', KEYS[i + 1], ARGV[3 * i - 2], ARGV[3 * i - 1])
     end
 end
 return added
