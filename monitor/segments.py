@@ -316,12 +316,13 @@ class SegmentTable:
         self._begin.copy_(torch.where(first[:, None], slots.belief, self._begin))
         self._counted.copy_(torch.where(first[:, None], counts, self._counted))
         self._prompt_peak.copy_(torch.where(first, slots.peak, self._prompt_peak))
+        slots.peak.masked_fill_(first, 0.0)  # or it would pass for the answer's
         left = torch.nn.functional.one_hot(self._segment, len(self.names)).bool() & changed[:, None]
         best = torch.maximum(self._peak, slots.peak[:, None])
         self._peak.copy_(torch.where(left, best, self._peak))
         self._counts.add_(torch.where(left[..., None], (counts - self._counted)[:, None], 0))
         self._counted.copy_(torch.where(changed[:, None], counts, self._counted))
-        slots.peak.masked_fill_(first | changed, 0.0)
+        slots.peak.masked_fill_(changed, 0.0)
         # While a stream is held it goes on: or a marker would let go what calm tokens have not.
         afresh = (changed & (slots.verdict != _HOLD))[:, None]
         slots.belief.copy_(torch.where(afresh, self._begin, slots.belief))

@@ -276,11 +276,13 @@ def test_evidence_and_belief_start_afresh(rule: Any, prompt: str) -> None:
     assert whole.scored == start + 10, "the prompt's tokens count, but in no segment"
 
 
-def test_the_prompt_may_be_the_riskiest_place() -> None:
+@pytest.mark.parametrize("row", [[12, THINK, 13], [THINK, 12, ANSWERS, 13]])
+def test_the_prompt_may_be_the_riskiest_place(row: list[int]) -> None:
+    """Its risk is none of the answer's, also where the response begins with a segment."""
     bundle = toy.bundle(segments=SEGMENTS, tiers=NEVER)
     suspicious = bundle.chain.model_copy(update={"prior": [0.4, 0.6]})
     monitor = Monitor(dataclasses.replace(bundle, chain=suspicious), rows=64)
-    [report] = generated(monitor, [[12, THINK, 13]])
+    [report] = generated(monitor, [[*row, 14]])
     assert report.peak == pytest.approx(0.6, abs=1e-3)
     assert all(part.peak < 0.01 for part in report.segments.values())
 
@@ -453,10 +455,10 @@ def counts_of(inside: str, row: list[int]) -> Counter[str]:
 
 def test_a_marker_does_not_let_go_what_is_held() -> None:
     """Suspicion that has not fallen goes into the next segment along with what it holds."""
-    suspicious = [THINK, BAD, BAD, ANSWERS, 12]
+    suspicious = [THINK, BAD, BAD, BAD, BAD, ANSWERS, 12]
     [report] = generated(holding_monitor(), [[*suspicious, 13]])
     first = report.prompt_tokens
-    assert report.trace.verdict[first + 2 : first + 5] == ["HOLD"] * 3
+    assert report.trace.verdict[first + 2 : first + 7] == ["HOLD"] * 5
     [calmed] = generated(holding_monitor(), [[*suspicious, *[12] * 12]])
     assert calmed.verdict == "CONTINUE"
 
