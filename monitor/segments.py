@@ -3,8 +3,8 @@
 Each segment is judged on its own, by its own thresholds: evidence and belief start afresh at its
 first token, from the belief that the prompt left. So unsafe reasoning before a safe answer (a
 *leak*) and a safe trace before an unsafe answer (an *escape*; Chain of Risk, arXiv 2605.05678) are
-both visible. An opening marker belongs to the segment it opens, a closing one to that it closes; where
-one is several ids, its last id opens the segment.
+both visible. An opening marker belongs to the segment it opens, a closing one to that it closes;
+where one is several ids, its last id opens the segment.
 
 A stream that is held when its segment changes is judged on from where it was, by the thresholds of
 the segment it comes into: evidence starts afresh at the next change at which it is not held. Else

@@ -359,6 +359,11 @@ def test_redis_without_its_client_names_the_extra(monkeypatch: pytest.MonkeyPatc
         open_ledger("redis://localhost:6379/0")
 
 
+def test_a_redis_database_is_a_number() -> None:
+    with pytest.raises(ValueError, match="no database 'turns', expected a number"):
+        open_ledger("redis://user:secret@localhost:1/turns")
+
+
 def test_a_timeout_must_be_one(path: Path) -> None:
     with pytest.raises(ValueError, match="timeout is 0"):
         open_ledger(str(path), timeout=0)
