@@ -9,7 +9,8 @@ shared memory.
 ================  ===========================================================================
 file              0.55 to 0.7 kB per turn of six states; pages of what expired are used again,
                   the file does not shrink
-log beside it     4 MB, with readers at all times 16 MB, more while one reads for long
+log beside it     4 MB; from 16 MB on emptied as soon as readers allow (60 MB seen beside four that
+                  never paused), more while one reads for long
 write             one sync per transaction, whoever shares it; O(log turns) each turn
 read              all turns kept of the one conversation, edited and branched ones included:
                   each is checked, so that a damaged row cannot pass for one that is not there
