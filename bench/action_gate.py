@@ -32,7 +32,8 @@ import torch
 import typer
 
 from midstream import testbed
-from midstream.agents.action_gate import ActionGate, GateSession, GateVerdict, check_calls
+from midstream.agents.action_gate import ActionGate, GateSession, check_calls
+from midstream.agents.decisions import GateVerdict
 from midstream.agents.forecast import AgentModel
 from midstream.agents.readers import read_traces
 from midstream.agents.rules import Rules

@@ -27,9 +27,10 @@ from midstream.agents.forecast import (
 from midstream.agents.levels import LevelTracker, trace_levels
 from midstream.agents.patterns import MOST_WAYS, ways
 from midstream.agents.readers import TraceError, parse_action, read_traces
-from midstream.agents.rules import Rules, RulesError, words
+from midstream.agents.rules import Rules, RulesError
 from midstream.agents.state import Escalation, Exposure, Level, Reversibility, State
 from midstream.agents.steps import AgentTrace, Step, ToolCall
+from midstream.agents.text import words_of_name
 from midstream.chain import Chain, ChainError, Zone, fundamental_matrix
 from midstream.learn import agent_fit
 from midstream.learn.agent_fit import fit_agents, label_by_rules, symbols, violating_step
@@ -140,7 +141,7 @@ def test_patterns_that_could_run_away_are_refused(pattern, complaint):
     ],
 )
 def test_words_of_a_tools_name(name, expected):
-    assert words(name) == expected
+    assert " ".join(words_of_name(name)) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from midstream.agents.patterns import Pattern
 from midstream.agents.state import Escalation, Exposure, Named, Reversibility, State
 from midstream.agents.steps import Step
+from midstream.agents.text import plain, words_of_name
 from midstream.chain import faults_by_key
+from midstream.policy import UniqueKeyLoader
 
 Place = Literal["tool", "arguments", "observed", "said"]
 Category = Literal["read", "write", "exec", "network"]
@@ -37,9 +39,7 @@ CATEGORIES: Mapping[Category, tuple[Escalation, Reversibility]] = {
 
 _SHOWN = 60  # characters of a match that an explanation quotes
 _SHOWN_OF_SECRETS = 8  # an explanation is logged and must not spread what it found
-_NAME_LIMIT = 256  # characters of a tool's name that are read
 _DIGIT = re.compile(r"\d")
-_WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[^\W\d_A-Z]+|[A-Z]+|\d+")
 
 _Value = TypeVar("_Value", bound=Named)
 
@@ -224,13 +224,14 @@ class Rules(_Strict):
     def _texts(self, step: Step) -> tuple[dict[Place, str], list[Place]]:
         call = step.call
         whole: dict[Place, str] = {
-            "tool": "" if call is None else words(call.tool),
+            "tool": "" if call is None else " ".join(words_of_name(call.tool)),
             "arguments": "" if call is None else _lines(call.arguments, self.text_limit + 1),
             "observed": step.observed,
             "said": step.said,
         }
-        cut: list[Place] = [place for place, text in whole.items() if len(text) > self.text_limit]
-        return {place: text[: self.text_limit] for place, text in whole.items()}, cut
+        texts = {place: plain(text[: self.text_limit + 1]) for place, text in whole.items()}
+        cut = [place for place, text in texts.items() if len(text) > self.text_limit]
+        return {place: text[: self.text_limit] for place, text in texts.items()}, cut
 
     @classmethod
     def default(cls) -> Rules:
@@ -258,7 +259,7 @@ class Rules(_Strict):
             Naming every key at fault.
         """
         try:
-            content = yaml.safe_load(text)
+            content = yaml.load(text, Loader=UniqueKeyLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise RulesError(f"{source}: not YAML: {error}") from error
         if not isinstance(content, dict):
@@ -287,12 +288,6 @@ class Rules(_Strict):
 def _default() -> Rules:
     text = files("midstream.agents").joinpath("rules.yaml").read_text(encoding="utf-8")
     return Rules.from_yaml(text, "rules.yaml of the package")
-
-
-@lru_cache(maxsize=4096)
-def words(name: str) -> str:
-    """Words of a tool's name in lower case: ``GmailSendEmail`` is ``gmail send email``."""
-    return " ".join(_WORDS.findall(name[:_NAME_LIMIT])).lower()
 
 
 def _lines(arguments: Mapping[str, Any], limit: int) -> str:

@@ -1,0 +1,101 @@
+"""Text of calls as both readers of it compare it: the rules of levels and the action gate.
+
+Everything here takes time linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+_BETWEEN = "\"'`,;(){}[]<>|&!?=\\"  # beside white space
+_SPACED = str.maketrans(dict.fromkeys(_BETWEEN, " "))
+_PART = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[^\W\d_A-Z]+|[A-Z]+|\d+")
+_WORD = re.compile(r"[^\W\d_]+")
+_MOST_NAME = 256  # characters of a tool's name that are read
+_LIKE_LATIN = ("CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "COPTIC")
+_QUOTES = str.maketrans(dict.fromkeys("'\"`\\"))
+_IFS = re.compile(r"\$\{?ifs\b\}?")
+
+
+def plain(text: str) -> str:
+    """Return text without what only looks different.
+
+    Compatibility forms (full-width letters) become plain ones and invisible characters go.
+    """
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFKC", text)
+    for character in set(text):  # seldom more than a hundred
+        if not character.isascii() and unicodedata.category(character) == "Cf":
+            text = text.replace(character, "")
+    return text
+
+
+def fold(text: str) -> str:
+    """`plain`, in lower case."""
+    return plain(text).lower()
+
+
+def words(folded: str) -> list[str]:
+    """Split folded text; a path is followed by its last part (``/bin/rm``, ``rm``)."""
+    text = _spaced(folded)
+    # Dots and colons belong to words (hosts, paths) but not at their ends.
+    for end in (". ", ": ", ".\n", ":\n"):
+        text = text.replace(end, " ")
+    found = text.split()
+    if found:
+        found[-1] = found[-1].rstrip(".:") or found[-1]
+    if "/" not in text:
+        return found
+    pairs = {}
+    for word in set(found):
+        if "/" in word and "://" not in word and (last := word.rpartition("/")[2]):
+            pairs[word] = last
+    split: list[str] = []
+    for word in found:
+        split.append(word)
+        if word in pairs:
+            split.append(pairs[word])
+    return split
+
+
+def _spaced(text: str) -> str:
+    if text.isascii():
+        return text.translate(_SPACED)  # 1 ns a character, but 50 once one is not ASCII
+    for character in _BETWEEN:
+        text = text.replace(character, " ")
+    return text
+
+
+def unquoted(folded: str) -> str | None:
+    r"""Return text as a shell joins it: ``r''m``, ``r\m`` and ``rm${IFS}-r``; None if the same."""
+    if "$" in folded:
+        joined = _IFS.sub(" ", folded).replace("$@", "").replace("$*", "")
+    else:
+        joined = folded
+    if "'" in joined or '"' in joined or "\\" in joined or "`" in joined:
+        if joined.isascii():
+            joined = joined.translate(_QUOTES)
+        else:
+            for character in "'\"`\\":
+                joined = joined.replace(character, "")
+    return None if joined == folded else joined
+
+
+@lru_cache(maxsize=4096)
+def words_of_name(tool: str) -> tuple[str, ...]:
+    """Words of a tool's name, in lower case: ``GmailSendEmail``, ``send_email``, ``send-email``."""
+    return tuple(part.lower() for part in _PART.findall(plain(tool[:_MOST_NAME])))
+
+
+def is_disguised(tool: str) -> bool:
+    """Whether a word of a name mixes Latin letters with some that look like them."""
+    if tool.isascii():
+        return False
+    for word in _WORD.findall(plain(tool)):
+        scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in set(word)}
+        if "LATIN" in scripts and not scripts.isdisjoint(_LIKE_LATIN):
+            return True
+    return False
