@@ -218,7 +218,7 @@ class GateSession:
         secret = secret_in(text.text)
         if secret is not None:
             found["secret"] = secret
-        bulk = next(filter(_is_everything, text.leaves), None)
+        bulk = next((leaf for leaf in text.leaves if _is_everything(leaf)), None)
         if bulk is not None:
             found["bulk"] = bulk.strip()
         role = self._role
@@ -313,6 +313,8 @@ def _fault_of_name(tool: object) -> str | None:
 
 
 def _is_everything(leaf: str) -> bool:
+    if leaf[:1].isalnum() and leaf[1:2] != ":":  # most are told by this
+        return False
     bare = leaf.strip().lower() if len(leaf) <= 4 * _LONGEST_EVERYTHING else ""
     return 0 < len(bare) <= _LONGEST_EVERYTHING and bool(_EVERYTHING.fullmatch(bare))
 

@@ -11,6 +11,7 @@ from midstream.agents.text import fold
 
 _MOST_BITS = 4096  # of a whole number
 _WRAPPED = {("{", "}"), ("[", "]"), ('"', '"')}
+_OPENERS = frozenset('{[" \t\r\n')
 
 
 class FormError(ValueError):
@@ -23,9 +24,9 @@ class CallText(NamedTuple):
     Attributes
     ----------
     leaves : list of str
-        Keys and string values as they are; of a string that holds JSON, those in it.
+        Keys and values as they are written; of a string that holds JSON, those in it.
     text : str
-        Keys and values, folded, one line each.
+        The same, folded, one line each.
     """
 
     leaves: list[str]
@@ -45,7 +46,7 @@ def read_arguments(arguments: object, characters: int, depth: int, values: int) 
         raise FormError(f"arguments: expected an object, got {type(arguments).__name__}")
     reader = _Reader(characters, depth, values)
     reader.read_items(arguments.items(), 1)
-    text = "\n".join(reader.lines)
+    text = "\n".join(reader.leaves)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -61,7 +62,7 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_INSIDE = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_refuse)
+_INSIDE = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_refuse, strict=False)
 
 
 class _Reader:
@@ -71,23 +72,32 @@ class _Reader:
         self._characters, self._depth, self._values = characters, depth, values
         self._size = self._count = 0
         self.leaves: list[str] = []
-        self.lines: list[str] = []
 
     def read_items(self, items: Collection[tuple[Any, Any]], level: int) -> None:
         self._count_values(items, level)
+        leaves, size = self.leaves, 0
         for key, item in items:
             if type(key) is not str:
                 raise FormError(f"arguments: a key is {type(key).__name__}, expected a string")
-            self.leaves.append(key)
-            self._add(key)
-            self._read(item, level)
+            leaves.append(key)
+            size += len(key)
+            if type(item) is str and item[:1] not in _OPENERS:  # as in _read, without a call
+                leaves.append(item)
+                size += len(item)
+            else:
+                self._read(item, level)
+        self._grow(size)
 
     def _read(self, value: object, level: int) -> None:
         kind = type(value)  # exact types first: they are what JSON gives, and fast to tell
         if kind is str or isinstance(value, str):
-            self._read_string(str(value), level)
+            text = str(value)
+            self._grow(len(text))
+            if text[:1] in _OPENERS and self._read_inside(text, level + 1):
+                return
+            self.leaves.append(text)
         elif value is None or kind is bool:
-            self.lines.append("null" if value is None else "true" if value else "false")
+            self.leaves.append("null" if value is None else "true" if value else "false")
         elif isinstance(value, int):
             if value.bit_length() > _MOST_BITS:
                 raise FormError(f"arguments: a number of more than {_MOST_BITS} bits")
@@ -107,33 +117,31 @@ class _Reader:
         else:
             raise FormError(f"arguments: {kind.__name__} is not JSON")
 
-    def _read_string(self, text: str, level: int) -> None:
-        """Read a string; JSON in it (which tools parse again) is read as what it says."""
-        self._check_room(len(text))
+    def _read_inside(self, text: str, level: int) -> bool:
+        """Read JSON in a string, which tools parse again, as what it says; False for other text."""
         bare = text.strip()
-        if len(bare) > 1 and (bare[0], bare[-1]) in _WRAPPED:
-            try:
-                inner = _INSIDE.decode(bare)
-            except ValueError:
-                pass
-            except RecursionError as error:
-                raise FormError(f"arguments: nested more than {self._depth} deep") from error
-            else:
-                self._count_values((), level + 1)
-                size = self._size + len(text)
-                self._read(inner, level + 1)
-                self._size = max(self._size, size)
-                return
-        self.leaves.append(text)
-        self._add(text)
+        if len(bare) < 2 or (bare[0], bare[-1]) not in _WRAPPED:
+            return False
+        try:
+            inner = _INSIDE.decode(bare)
+        except ValueError:
+            return False
+        except RecursionError as error:
+            raise FormError(f"arguments: nested more than {self._depth} deep") from error
+        self._count_values((), level)
+        size = self._size  # what it says counts once, though it is there twice
+        self._size -= len(text)
+        self._read(inner, level)
+        self._size = max(self._size, size)
+        return True
 
     def _add(self, line: str) -> None:
-        self._check_room(len(line))
-        self._size += len(line)
-        self.lines.append(line)
+        self._grow(len(line))
+        self.leaves.append(line)
 
-    def _check_room(self, size: int) -> None:
-        if self._size + size > self._characters:
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self._characters:
             raise FormError(f"arguments: more than {self._characters} characters")
 
     def _count_values(self, value: Sized, level: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-
 _NO_DIGITS = str.maketrans(dict.fromkeys((chr(c) for c in range(128) if not 48 <= c <= 57), None))
 _FEWEST_DIGITS, _MOST_DIGITS = 13, 19  # of a card number, ISO/IEC 7812-1
 
@@ -18,6 +16,7 @@ _SECRETS = (
     ("sk-", re.compile(r"\bsk-[0-9a-z_-]{20}")),
     ("eyj", re.compile(r"\beyj[0-9a-z_-]{10,512}\.eyj")),
 )
+_FIRST_DIGITS = "23456"  # of cards for payment, ISO/IEC 7812-1
 _DIGITS = re.compile(r"[0-9 -]{13,}+")  # possessive: at most 12 characters are read again
 
 
@@ -26,18 +25,36 @@ def secret_in(folded: str) -> str | None:
     for literal, shape in _SECRETS:
         if literal in folded and shape.search(folded):
             return literal.strip("-_")
-    if folded.isascii() and len(folded.translate(_NO_DIGITS)) < _FEWEST_DIGITS:
+    if _count_digits(folded) < _FEWEST_DIGITS:
         return None
-    for match in _DIGITS.finditer(folded):
-        groups = match[0].replace("-", " ").split()
-        if any(_is_card("".join(groups[i:j])) for i, j in _spans(len(groups))):
-            return "card number"
+    if any(_holds_card(match[0]) for match in _DIGITS.finditer(folded)):
+        return "card number"
     return None
 
 
-def _spans(groups: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring groups of digits that may be one number: one alone, or up to six."""
-    return ((i, j) for i in range(groups) for j in range(i + 1, min(i + 6, groups) + 1))
+def _count_digits(text: str) -> int:
+    if text.isascii():
+        return len(text.translate(_NO_DIGITS))
+    return sum(map(text.count, "0123456789"))
+
+
+def _holds_card(run: str) -> bool:
+    """Whether neighbouring groups of digits are a card number, at most five of them.
+
+    Groups have four digits or more, the last one three: lists of small numbers are no cards.
+    """
+    groups = run.replace("-", " ").split()
+    for i, first in enumerate(groups):
+        if len(first) < 4 or first[0] not in _FIRST_DIGITS:
+            continue
+        digits = ""
+        for group in groups[i : i + 5]:
+            digits += group
+            if len(group) < 3 or len(digits) > _MOST_DIGITS:
+                break
+            if _is_card(digits):
+                return True
+    return False
 
 
 def _is_card(digits: str) -> bool:

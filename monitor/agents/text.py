@@ -15,7 +15,9 @@ _PART = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[^\W\d_A-Z]+|[A-Z]+|\d+")
 _WORD = re.compile(r"[^\W\d_]+")
 _MOST_NAME = 256  # characters of a tool's name that are read
 _LIKE_LATIN = ("CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "COPTIC")
-_QUOTES = str.maketrans(dict.fromkeys("'\"`\\"))
+_QUOTES = "'\"`\\"
+_NO_QUOTES = str.maketrans(dict.fromkeys(_QUOTES))
+_GLUED = re.compile(r"""['"`\\](?<=\w.)['"`\\]{0,99}+\w""")  # within a word
 _IFS = re.compile(r"\$\{?ifs\b\}?")
 
 
@@ -27,9 +29,10 @@ def plain(text: str) -> str:
     if text.isascii():
         return text
     text = unicodedata.normalize("NFKC", text)
-    for character in set(text):  # seldom more than a hundred
-        if not character.isascii() and unicodedata.category(character) == "Cf":
-            text = text.replace(character, "")
+    if not text.replace("\n", "").isprintable():  # 3 ns a character; the search takes 30
+        for character in set(text):
+            if not character.isascii() and unicodedata.category(character) == "Cf":
+                text = text.replace(character, "")
     return text
 
 
@@ -70,17 +73,15 @@ def _spaced(text: str) -> str:
 
 
 def unquoted(folded: str) -> str | None:
-    r"""Return text as a shell joins it: ``r''m``, ``r\m`` and ``rm${IFS}-r``; None if the same."""
+    r"""Return text as a shell joins it: ``r''m``, ``r\m``, ``rm${IFS}-r``; None if it joins nothing."""
+    joined = folded
     if "$" in folded:
         joined = _IFS.sub(" ", folded).replace("$@", "").replace("$*", "")
-    else:
-        joined = folded
-    if "'" in joined or '"' in joined or "\\" in joined or "`" in joined:
+    if _GLUED.search(joined):
         if joined.isascii():
-            joined = joined.translate(_QUOTES)
-        else:
-            for character in "'\"`\\":
-                joined = joined.replace(character, "")
+            return joined.translate(_NO_QUOTES)
+        for character in _QUOTES:
+            joined = joined.replace(character, "")
     return None if joined == folded else joined
 
 
