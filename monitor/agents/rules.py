@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from midstream.agents.patterns import Pattern
+from midstream.agents.roles import Size, Strict
 from midstream.agents.state import Escalation, Exposure, Named, Reversibility, State
 from midstream.agents.steps import Step
 from midstream.agents.text import plain, words_of_name
@@ -61,8 +62,8 @@ def _by_label(kind: type[_Value]) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+class _Strict(Strict):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
 class ActionRule(_Strict):
@@ -158,7 +159,7 @@ class Rules(_Strict):
     actions: tuple[ActionRule, ...] = ()
     data: tuple[DataRule, ...] = ()
     otherwise: Category = "write"
-    text_limit: int = Field(default=50_000, ge=1)
+    text_limit: Size = 50_000
     unread: Annotated[Exposure, _by_label(Exposure)] = Exposure.SENSITIVE
 
     @model_validator(mode="after")
