@@ -14,8 +14,8 @@ from midstream.agents.action_gate import ActionGate
 from midstream.agents.call_chunks import DeltaScanner
 from midstream.agents.call_json import CallError, Found, parse_object
 from midstream.agents.decisions import GateVerdict, MalformedCall
-from midstream.agents.gated_calls import GatedToolCalls
 from midstream.agents.gate_rules import GateRules
+from midstream.agents.gated_calls import GatedToolCalls
 from midstream.agents.steps import ToolCall
 from midstream.agents.tool_calls import (
     FORMATS,

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from midstream.agents.call_text import CallText, FormError, read_arguments
+from midstream.agents.consensus import ask, settle, shown
 from midstream.agents.decisions import Decision, GateVerdict, MalformedCall
 from midstream.agents.gate_rules import GateRules, GateRulesError
 from midstream.agents.places import addresses, is_listed_host, is_listed_recipient
@@ -24,7 +25,7 @@ from midstream.agents.secret_forms import secret_in
 from midstream.agents.steps import AgentTrace, Step, ToolCall
 from midstream.agents.taint import Origins
 from midstream.agents.text import is_disguised, unquoted, words, words_of_name
-from midstream.agents.voters import Situation, Stance, Vote, Voter
+from midstream.agents.voters import Situation, Voter
 
 OBEYED_WORDS = 2
 """Words of a request in an observation that a call must repeat for the signal ``obeys``."""
@@ -171,7 +172,7 @@ class GateSession:
         signals |= self._seen(text, distinct, hosts, recipients)
         for veto, alternatives in self._gate._vetoes:
             if all(not names.isdisjoint(signals) for names in alternatives):
-                matched = _matched(signals, frozenset().union(*alternatives))
+                matched = shown(signals, frozenset().union(*alternatives))
                 return Decision(
                     GateVerdict(veto.verdict),
                     "veto",
@@ -240,31 +241,9 @@ class GateSession:
         return found
 
     def _consensus(self, call: ToolCall, signals: Mapping[str, str], action: str) -> Decision:
-        rules = self._rules.consensus
-        counted = {name: rules.weights[name] for name in signals if name in rules.weights}
-        score = sum(counted.values())
-        matched = _matched(signals, frozenset(counted))
-        history = self._history()
-        situation = Situation(self._task, self._role.about, history, call, action)
-        votes = tuple(_vote(voter, situation) for voter in self._gate.voters)
-        against = [vote for vote in votes if vote.stance is Stance.AGAINST]
-        in_favour = sum(vote.stance is Stance.FOR for vote in votes)
-        borderline = score >= rules.borderline_at
-        needed = f"needs {rules.agree} voters for it and none against"
-        if not borderline and not against:
-            verdict, rule, why, remedy = GateVerdict.ALLOW, "nothing against it", "", ""
-        elif borderline and not against and in_favour >= rules.agree:
-            verdict, rule, why, remedy = GateVerdict.ALLOW, "voters agree", "", ""
-        elif borderline and score >= rules.block_at and against and not in_favour:
-            verdict, rule = GateVerdict.BLOCK, "all against"
-            why, remedy = "weak signals add up and voters agree with them", "a person has to do it"
-        else:
-            verdict, rule = GateVerdict.ASK, "borderline" if borderline else "voter against"
-            why = f"weak signals add up to {score:g}; it {needed}" if borderline else ""
-            remedy = "the user confirms it, or names its target in the task"
-        why = why or "; ".join(f"{vote.voter}: {vote.reason}" for vote in against)
-        why = why or f"weak signals add up to {score:g}, below {rules.borderline_at:g}"
-        return Decision(verdict, "consensus", rule, matched, why, remedy, call, votes)
+        situation = Situation(self._task, self._role.about, self._history(), call, action)
+        votes = tuple(ask(voter, situation) for voter in self._gate.voters)
+        return settle(self._rules.consensus, call, signals, votes)
 
 
 def check_calls(trace: AgentTrace, gate: ActionGate, role: str | None = None) -> list[Decision]:
@@ -281,13 +260,6 @@ def check_calls(trace: AgentTrace, gate: ActionGate, role: str | None = None) ->
             session.ran(step.call)
         session.observe(step.observed)
     return decisions
-
-
-def _vote(voter: Voter, situation: Situation) -> Vote:
-    try:
-        return voter.vote(situation)
-    except Exception as error:  # a voter that is down must not open the gate, nor stop it
-        return Vote(voter.name, Stance.AGAINST, f"failed: {type(error).__name__}: {error}")
 
 
 def _malformed(call: ToolCall | MalformedCall, reason: str) -> Decision:
@@ -317,7 +289,3 @@ def _is_everything(leaf: str) -> bool:
         return False
     bare = leaf.strip().lower() if len(leaf) <= 4 * _LONGEST_EVERYTHING else ""
     return 0 < len(bare) <= _LONGEST_EVERYTHING and bool(_EVERYTHING.fullmatch(bare))
-
-
-def _matched(signals: Mapping[str, str], names: frozenset[str]) -> str:
-    return "; ".join(f"{name}: {signals[name]}" for name in sorted(names & signals.keys()))

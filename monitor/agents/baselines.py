@@ -50,7 +50,11 @@ _KEYWORD = re.compile(rf"\b(?:{'|'.join(map(re.escape, KEYWORDS))})", re.IGNOREC
 
 def has_keyword(step: Step) -> bool:
     """Whether a step holds a keyword in its call, its words or what it got back."""
-    call = "" if step.call is None else f"{' '.join(words_of_name(step.call.tool))} {step.call.arguments}"
+    call = (
+        ""
+        if step.call is None
+        else f"{' '.join(words_of_name(step.call.tool))} {step.call.arguments}"
+    )
     return any(_KEYWORD.search(text) for text in (call, step.said, step.observed))
 
 

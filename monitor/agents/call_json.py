@@ -138,6 +138,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def make_call(tool: object, arguments: object) -> ToolCall:
+    """Make a call of what JSON gave; a CallError says what is wrong with it."""
     if isinstance(arguments, str):  # some models write the arguments as JSON within a string
         arguments = parse_object(arguments)
     if not isinstance(tool, str) or not tool.strip() or len(tool) > LONGEST_NAME:

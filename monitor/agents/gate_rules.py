@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
 from midstream.agents.phrases import Phrases
-from midstream.agents.roles import EFFECTS, Count, Effect, Names, Number, Role, Size, Strict
+from midstream.agents.roles import EFFECTS, Effect, Names, Number, Role, Size, Strict
 from midstream.chain import faults_by_key
 from midstream.policy import UniqueKeyLoader
 
@@ -114,7 +114,7 @@ class Consensus(Strict):
     agree : int
     """
 
-    weights: dict[str, Number] = {}
+    weights: dict[str, Number] = Field(default_factory=dict)
     borderline_at: Annotated[Number, Field(gt=0)]
     block_at: Annotated[Number, Field(gt=0)]
     agree: Size = 1
@@ -149,8 +149,8 @@ class GateRules(Strict):
     limits: Limits = Limits()
     roles: Annotated[dict[str, Role], Field(min_length=1)]
     effects: dict[Effect, Names]
-    nouns: dict[Effect, Names] = {}
-    signals: dict[str, Signal] = {}
+    nouns: dict[Effect, Names] = Field(default_factory=dict)
+    signals: dict[str, Signal] = Field(default_factory=dict)
     vetoes: tuple[Veto, ...] = ()
     consensus: Consensus
 

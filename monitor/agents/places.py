@@ -42,7 +42,7 @@ def host_of(url: str) -> str:
 
 
 def is_listed_host(host: str, patterns: Sequence[str]) -> bool:
-    """Whether a host fits a pattern with ``*``; an odd one (``a.io\\.b.io``) fits none."""
+    """Whether a host fits a pattern with ``*``; an odd one (``a.io;.b.io``) fits none."""
     return bool(_AUTHORITY.fullmatch(host)) and _fits(host, patterns)
 
 

@@ -29,8 +29,6 @@ Names = tuple[Annotated[str, Field(min_length=1)], ...]
 Effect = Literal["read", "write", "delete", "run", "send", "spend", "grant", "unknown"]
 
 
-
-
 class ArgumentLimit(Strict):
     """What one argument of a tool may be; what is not given is not limited.
 

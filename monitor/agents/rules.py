@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +23,7 @@ from midstream.agents.patterns import Pattern
 from midstream.agents.roles import Size, Strict
 from midstream.agents.state import Escalation, Exposure, Named, Reversibility, State
 from midstream.agents.steps import Step
-from midstream.agents.text import plain, words_of_name
+from midstream.agents.text import lines_of, plain, words_of_name
 from midstream.chain import faults_by_key
 from midstream.policy import UniqueKeyLoader
 
@@ -226,7 +226,7 @@ class Rules(_Strict):
         call = step.call
         whole: dict[Place, str] = {
             "tool": "" if call is None else " ".join(words_of_name(call.tool)),
-            "arguments": "" if call is None else _lines(call.arguments, self.text_limit + 1),
+            "arguments": "" if call is None else lines_of(call.arguments, self.text_limit + 1),
             "observed": step.observed,
             "said": step.said,
         }
@@ -289,30 +289,6 @@ class Rules(_Strict):
 def _default() -> Rules:
     text = files("midstream.agents").joinpath("rules.yaml").read_text(encoding="utf-8")
     return Rules.from_yaml(text, "rules.yaml of the package")
-
-
-def _lines(arguments: Mapping[str, Any], limit: int) -> str:
-    """Render a line ``key: value`` for each leaf; stops once there are ``limit`` characters.
-
-    Without recursion: arguments come from strangers and may be nested as deep as they like.
-    """
-    lines: list[str] = []
-    length = 0
-    todo: list[tuple[str, Any]] = list(arguments.items())[::-1]
-    while todo and length < limit:
-        key, value = todo.pop()
-        length += 1
-        inner: Iterable[tuple[str, Any]]
-        if isinstance(value, Mapping):
-            inner = value.items()
-        elif isinstance(value, list | tuple):
-            inner = ((key, each) for each in value)
-        else:
-            lines.append(f"{key}: {value}")
-            length += len(lines[-1])
-            continue
-        todo.extend(list(inner)[::-1])
-    return "\n".join(lines)
 
 
 def _quote(text: str, limit: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 _NO_DIGITS = str.maketrans(dict.fromkeys((chr(c) for c in range(128) if not 48 <= c <= 57), None))
 _FEWEST_DIGITS, _MOST_DIGITS = 13, 19  # of a card number, ISO/IEC 7812-1
 
@@ -16,7 +17,6 @@ _SECRETS = (
     ("sk-", re.compile(r"\bsk-[0-9a-z_-]{20}")),
     ("eyj", re.compile(r"\beyj[0-9a-z_-]{10,512}\.eyj")),
 )
-_FIRST_DIGITS = "23456"  # of cards for payment, ISO/IEC 7812-1
 _DIGITS = re.compile(r"[0-9 -]{13,}+")  # possessive: at most 12 characters are read again
 
 
@@ -45,8 +45,8 @@ def _holds_card(run: str) -> bool:
     """
     groups = run.replace("-", " ").split()
     for i, first in enumerate(groups):
-        if len(first) < 4 or first[0] not in _FIRST_DIGITS:
-            continue
+        if len(first) < 4 or not (first[0] in "3456" or "2221" <= first[:4] <= "2720"):
+            continue  # no card for payments begins so
         digits = ""
         for group in groups[i : i + 5]:
             digits += group

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 _BETWEEN = "\"'`,;(){}[]<>|&!?=\\"  # beside white space
 _SPACED = str.maketrans(dict.fromkeys(_BETWEEN, " "))
@@ -73,7 +75,7 @@ def _spaced(text: str) -> str:
 
 
 def unquoted(folded: str) -> str | None:
-    r"""Return text as a shell joins it: ``r''m``, ``r\m``, ``rm${IFS}-r``; None if it joins nothing."""
+    r"""Return text as a shell joins it: ``r''m``, ``r\m``, ``rm${IFS}-r``; None if the same."""
     joined = folded
     if "$" in folded:
         joined = _IFS.sub(" ", folded).replace("$@", "").replace("$*", "")
@@ -83,6 +85,30 @@ def unquoted(folded: str) -> str | None:
         for character in _QUOTES:
             joined = joined.replace(character, "")
     return None if joined == folded else joined
+
+
+def lines_of(arguments: Mapping[str, Any], limit: int) -> str:
+    """Render a line ``key: value`` for each leaf; stops once there are ``limit`` characters.
+
+    Without recursion: arguments come from strangers and may be nested as deep as they like.
+    """
+    lines: list[str] = []
+    length = 0
+    todo: list[tuple[str, Any]] = list(arguments.items())[::-1]
+    while todo and length < limit:
+        key, value = todo.pop()
+        length += 1
+        inner: Iterable[tuple[str, Any]]
+        if isinstance(value, Mapping):
+            inner = value.items()
+        elif isinstance(value, list | tuple):
+            inner = ((key, each) for each in value)
+        else:
+            lines.append(f"{key}: {value}")
+            length += len(lines[-1])
+            continue
+        todo.extend(list(inner)[::-1])
+    return "\n".join(lines)
 
 
 @lru_cache(maxsize=4096)
