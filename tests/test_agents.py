@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import fresh_seed
 
+from midstream.agents.action_gate import ActionGate
 from midstream.agents.baselines import first_alone, first_keyword, has_keyword
 from midstream.agents.forecast import (
     FLAG_HORIZON,
@@ -35,6 +36,7 @@ from midstream.chain import Chain, ChainError, Zone, fundamental_matrix
 from midstream.learn import agent_fit
 from midstream.learn.agent_fit import fit_agents, label_by_rules, symbols, violating_step
 from midstream.measure import agents as measure
+from midstream.measure.agent_gate import decisions_of
 from midstream.measure.agent_report import bounds, decisions, flag_figures, level_counts, report
 
 DATA = os.environ.get("MIDSTREAM_DATA")
@@ -194,6 +196,8 @@ def test_default_rules_know_many_vocabularies(tool, arguments, category):
         (call("GmailSearchEmails"), Exposure.INTERNAL),
         (call("WebSearch", query="blue glass"), Exposure.PUBLIC),
         (Step(said="my password = glasskey"), Exposure.NONE),
+        (Step(observed="ｐａｓｓｗｏｒｄ: glasskey"), Exposure.CREDENTIALS),
+        (Step(observed="pass\u200bword: glasskey"), Exposure.CREDENTIALS),
     ],
 )
 def test_default_rules_see_what_data_a_step_touches(step, exposure):
@@ -279,6 +283,8 @@ def test_an_explanation_does_not_spread_the_secret(observed, rule, hidden):
         ),
         ("shelves: []", "shelves: unknown key"),
         ("text_limit: 0", "text_limit"),
+        ("text_limit: on", "text_limit: expected a number, not a truth value"),
+        ("actions: []\nactions: []", "actions: given twice"),
         ("extends: other", "extends: expected 'default', got 'other'"),
         ("- a", "expected keys"),
         ("a: [", "not YAML"),
@@ -604,6 +610,12 @@ def test_the_violating_step_is_the_labelled_one_or_else_the_last_call():
     assert violating_step(trace(*steps, violates=False)) is None
 
 
+@pytest.mark.parametrize("violates", [False, None])
+def test_a_violating_step_of_a_trace_that_is_not_said_to_violate_is_refused(violates):
+    with pytest.raises(ValueError, match="not said to violate"):
+        trace(CALM, SENDS, violates=violates, violating_step=1)
+
+
 def test_a_fit_counts_moves_between_levels():
     traces = [
         trace(CALM, READS, SENDS, id="1", violates=True),
@@ -761,7 +773,8 @@ def test_bounds_levels_and_decisions_of_a_report():
     assert counts["violating, before the violating step"] == {"no step": 1, "mild": 2}
     assert counts["violating, all steps"] == {"safe": 1, "violated": 2}
     assert counts["not violating, all steps"] == {"mild": 1}
-    lines = [json.loads(line) for line in decisions(judged).splitlines()]
+    gated = [decisions_of(one.trace, ActionGate()) for one in judged]
+    lines = [json.loads(line) for line in decisions(judged, gated).splitlines()]
     assert len(lines) == 9
     assert [line["violates"] for line in lines if line["trace"] == "2"] == [False, False, True]
     assert lines[2]["reasons"][0] == "read, full (looks: tool 'look')"
