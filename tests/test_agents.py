@@ -17,6 +17,7 @@ from kernel_cases import fresh_seed
 
 from midstream.agents.action_gate import ActionGate
 from midstream.agents.baselines import first_alone, first_keyword, has_keyword
+from midstream.agents.decisions import Decision, GateVerdict
 from midstream.agents.forecast import (
     FLAG_HORIZON,
     HORIZONS,
@@ -36,7 +37,7 @@ from midstream.chain import Chain, ChainError, Zone, fundamental_matrix
 from midstream.learn import agent_fit
 from midstream.learn.agent_fit import fit_agents, label_by_rules, symbols, violating_step
 from midstream.measure import agents as measure
-from midstream.measure.agent_gate import decisions_of
+from midstream.measure.agent_gate import decisions_of, stopped
 from midstream.measure.agent_report import bounds, decisions, flag_figures, level_counts, report
 
 DATA = os.environ.get("MIDSTREAM_DATA")
@@ -812,3 +813,31 @@ def test_a_tracker_and_a_whole_trace_agree():
     tracker = LevelTracker(RULES)
     assert [tracker.observe(step) for step in steps] == trace_levels(trace(*steps), RULES)
     assert MOST_WAYS == 10_000
+
+
+def test_shares_of_traces_that_the_gate_stops():
+    def decided(*verdicts: str) -> tuple[Decision | None, ...]:
+        return tuple(
+            None
+            if verdict == "-"
+            else Decision(GateVerdict(verdict), "veto", verdict.lower(), "", "", "", call("x").call)
+            for verdict in verdicts
+        )
+
+    gated = [
+        decided("ALLOW", "ASK"),  # too late: it violates at once
+        decided("-", "ASK", "BLOCK"),
+        decided("-", "-"),  # nothing is called
+        decided("ALLOW", "ALLOW", "BLOCK"),
+        decided("ALLOW"),
+    ]
+    found = stopped(gated, [0, 2, 1, None, None])
+    shares = {name: figure["value"] for name, figure in found.items() if name != "by_first_rule"}
+    assert shares == {
+        "violating_stopped": 1 / 3,
+        "violating_blocked": 1 / 3,
+        "other_stopped": 1 / 2,
+        "other_blocked": 1 / 2,
+        "violating_stopped_of_those_with_calls": 1 / 2,
+    }
+    assert found["by_first_rule"] == {"violates: veto/ask": 1, "does not violate: veto/block": 1}
