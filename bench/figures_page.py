@@ -45,7 +45,7 @@ ROWS = {
     "r_judge_detection": "unsafe traces of R-Judge flagged before their last call",
     "r_judge_fpr": "safe ones flagged",
     "r_judge_lead_steps": "lead of the flag, steps",
-    "action_gate_p99_us": "action gate, p99 of a decision, microseconds",
+    "action_gate_p99_us": "action gate, p99 over calls (best of five, CPU time), microseconds",
     "ledger_updates_per_second": "turns written to SQLite, durably, per second",
 }
 
