@@ -13,7 +13,8 @@ from midstream.measure.conversations import Conversation
 from midstream.measure.turn_metrics import figures
 from midstream.measure.turn_plots import Talk, block_timing, merit_by_threshold, risk_over_turns
 from midstream.measure.turn_replay import BASELINES, Scored, baseline_scores, replay_gate
-from midstream.turns import TurnDecision, TurnGate
+from midstream.turn_decision import TurnDecision
+from midstream.turns import TurnGate
 
 _DRAWN = 6  # conversations
 
