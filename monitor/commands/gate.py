@@ -185,6 +185,8 @@ def _show(metrics: dict[str, Any]) -> None:
             table.add_column(column)
         for name, figure in metrics["gate"].items():
             of = {"benign_score": "harmless", "f1phi2": "all"}.get(name, "harmful")
+            if figure["value"] is None:  # the limits say why
+                continue
             value, interval = _number(figure["value"]), _interval(figure)
             table.add_row(name, value, interval, str(figure["n"]), of, figure["reason"])
         console.print(table)
@@ -197,14 +199,16 @@ def _show_methods(console: Console, methods: dict[str, Any]) -> None:
     located = all(method["f1phi2"]["value"] is not None for method in methods.values())
     shown = ("f1phi2", "phi2") if located else ("detected",)
     table = Table(title="At the threshold that is the best on these very conversations")
-    for column in ("method", shown[0], "95 % interval", *shown[1:], "benign_score", "its score"):
+    for column in ("method", shown[0], "95 % interval", *shown[1:], "benign_score"):
         table.add_column(column)
     for name, method in methods.items():
         others = [_number(method[figure]["value"]) for figure in (*shown[1:], "benign_score")]
         first = method[shown[0]]
         interval = _interval(first)
-        table.add_row(name, _number(first["value"]), interval, *others, method["score"])
+        table.add_row(name, _number(first["value"]), interval, *others)
     console.print(table)
+    for name, method in methods.items():
+        console.print(f"{name}: {method['score']}", highlight=False, markup=False)
 
 
 def _number(value: float | None) -> str:

@@ -137,7 +137,8 @@ def _limits(known: Sequence[Conversation], conversations: int) -> list[str]:
         limits.append(
             f"{unplaced} harmful conversations do not say at which turn the harm is complete: "
             "miss, early, l1, phi1, phi2 and f1phi2 cannot be computed. `detected` counts a block "
-            "at any turn, were it too early or too late."
+            "at any turn, were it too early or too late, and longer conversations have more turns "
+            "to be blocked at: compare with turn_number, which reads nothing but the length."
         )
     return limits
 
