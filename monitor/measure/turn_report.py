@@ -67,6 +67,11 @@ def replay_files(
     ]
     files["risk.svg"] = risk_over_turns(_chosen(talks), gate.policy.block_at)
     metrics["limits"] = _limits([conversations[n] for n in labelled], len(conversations))
+    if "data" in about and f"from {about['data']}" in gate.policy.provenance:
+        metrics["limits"].append(
+            f"The gate was fitted on a file of this name, {about['data']}: if it is the same one, "
+            "the figures are of the very conversations that it learned from."
+        )
     if labelled:
         risks = [np.array([d.risk for d in turns]) for turns in decisions]
         scores = {"gate": risks}
