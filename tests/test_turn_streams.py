@@ -169,6 +169,24 @@ def test_prompt_evidence_that_fell_out_of_the_trace_is_missed() -> None:
     assert found[400.0] > 2 * found[-20.0]
 
 
+def test_segments_do_not_enter_the_evidence() -> None:
+    """Belief restarts in a segment; a turn's evidence is that of the response as one."""
+    parts = {"reasoning": {"opens": [[5]], "closes": [[6]]}}
+    found = []
+    for monitor in (toy.monitor(), toy.monitor(segments=parts)):
+        slot = monitor.admit("s", 1)
+        for at, logit in enumerate([-20.0, -20.0, 20.0, -20.0, -20.0]):
+            if at == 3 and monitor.segments is not None:
+                monitor.enter_segment(slot, "reasoning")
+            monitor._set_rows(1)
+            monitor._logits[0] = logit
+            index = torch.tensor([slot], dtype=torch.int32)
+            monitor.advance(index, torch.tensor([at], dtype=torch.int32))
+        found.append(TurnEvidence(monitor.bundle).log_hazard(monitor.retire(slot)))
+    assert found[0] == found[1]
+    assert found[0] is not None
+
+
 def test_the_evidence_of_the_beginning_of_a_response() -> None:
     logits = np.random.default_rng(fresh_seed()).normal(0, 2, 9).tolist()
     monitor = toy.monitor()
