@@ -93,7 +93,7 @@ class TurnEvidence:
         if not kept and not report.unscored:
             return 0.0
         logits = np.array([trace.scores[name] for name in self._names], dtype=np.float32).T
-        scored: NDArray[np.bool_] = np.isfinite(logits).any(axis=1)
+        scored = np.asarray(np.isfinite(logits).any(axis=1))
         if self._reads_prompts and scored.sum() < report.scored:
             raise TurnEvidenceError(
                 f"report of stream {report.stream!r}: its trace has {scored.sum()} of "
