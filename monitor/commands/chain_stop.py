@@ -84,8 +84,9 @@ def stop(
 
 def _table(priced: dict[str, object], title: str) -> Table:
     table = Table(title=f"{title}; 95 % by bootstrap", title_justify="left", box=box.SIMPLE)
-    for header in ("policy", "cost", "false halts", "violating halted", "leaked", "held"):
-        table.add_column(header, justify="left" if header == "policy" else "right")
+    for header in ("policy", "cost", "false halts", "others halted", "leaked", "held"):
+        kept = header in ("policy", "cost", "false halts")  # on one line
+        table.add_column(header, justify="left" if header == "policy" else "right", no_wrap=kept)
     policies = priced["policies"]
     assert isinstance(policies, dict)
     for name, row in policies.items():
