@@ -384,9 +384,7 @@ class Engine:
         for req in owners:
             req.kv = req.kv or [list(layer) for layer in self.blank]
         rows = [len(part) for part in parts]
-        positions = torch.cat(
-            [torch.arange(p, p + n) for p, n in zip(prefixes, rows, strict=True)]
-        )
+        positions = torch.cat([torch.arange(p, p + n) for p, n in zip(prefixes, rows, strict=True)])
         extend = mode is not ForwardMode.DECODE
         batch = ForwardBatch(
             mode,

@@ -93,14 +93,10 @@ class World:
         return self.engine.add(rid, prompt, request)
 
     def finish(self) -> None:
-        """Run to the end, and one request more, with which the last slots come back."""
+        """Run to the end, and one pass more, with which the last slots come back."""
         self.engine.run()
-        last = self.ask("last", [toy.BOS], sampling_params={"max_new_tokens": 1})
-        self.engine.run()
-        hooks_module.watch()._retire_ended()
-        del last
+        self.engine.idle()
         assert self.monitor.free_slots == len(self.monitor.slots.position)
-        del self.reports["last"]
 
 
 @pytest.fixture
@@ -150,24 +146,34 @@ class Hf:
 def check_same(world: World, asked: dict[str, list[int]], reqs: dict[str, Any], hf: Hf) -> None:
     for rid, want in hf.reports.items():
         got, req = world.reports[rid], reqs[rid]
-        assert (got.verdict, got.halted_at, got.cause) == (want.verdict, want.halted_at, want.cause)
-        assert got.finish_reason == want.finish_reason, rid
         ends = (STOP, toy.EOS)
         assert toy.before_end(req.output_ids, ends) == hf.sampled[rid]
-        steps = min(len(want.trace.position), len(got.trace.position))
-        response = [i for i in range(steps) if want.trace.position[i] >= len(asked[rid])]
-        assert want.trace.position[:steps] == got.trace.position[:steps]
-        for name, logits in want.trace.logits.items():
-            for i in response:
-                assert got.trace.logits[name][i] == pytest.approx(logits[i], abs=2e-4), (name, i)
+        # The overlap scheduler also feeds the last token of a stream that has ended.
+        fed_late = got.halted_at == len(asked[rid]) + len(req.output_ids) - 1
+        assert not (fed_late and world.engine.args.disable_overlap_schedule)
+        if not fed_late:
+            assert got.verdict == want.verdict
+            assert (got.halted_at, got.cause) == (want.halted_at, want.cause)
+        # SGLang counts before it looks for the end token.
+        at_the_limit = len(req.output_ids) == NEW and got.verdict != "HALT"
+        reason = "length" if at_the_limit else want.finish_reason
+        assert got.finish_reason == reason
+        rows = {position: row for row, position in enumerate(got.trace.position)}
+        for i, position in enumerate(want.trace.position):
+            if position < len(asked[rid]) - 1:
+                continue  # it may have come out of the cache
+            for name, scores in want.trace.scores.items():
+                scored = got.trace.scores[name][rows[position]]
+                assert scored == pytest.approx(scores[i], abs=2e-4), (rid, name, position)
+            assert got.trace.verdict[rows[position]] == want.trace.verdict[i]
         # One id at a time, as a client that streams gets them.
         front, left = Front(world.policy, STOP), []
-        reason = req.finished_reason.to_json()
+        end = req.finished_reason.to_json()
         for i, token in enumerate(req.output_ids, start=1):
-            left += front.take([token], reason if i == len(req.output_ids) else None)
+            left += front.take([token], end if i == len(req.output_ids) else None)
         assert left == hf.released[rid]
-        assert front.finish_reason == want.finish_reason
-        assert Front(world.policy, STOP).take(req.output_ids, reason) == left
+        assert front.finish_reason == reason
+        assert Front(world.policy, STOP).take(req.output_ids, end) == left
 
 
 ASKED = prompts(14)
@@ -259,7 +265,9 @@ def test_rows_of_other_streams_keep_their_bits(world: Any) -> None:
     bare = Engine(toy.model(), ServerArgs())
     for rid, prompt in ASKED.items():
         w.ask(rid, prompt)
-        bare.add(rid, prompt, {"sampling_params": {"logit_bias": {str(STOP): -torch.inf}}})
+        never = {str(STOP): -torch.inf}
+        seed = int(rid[1:])
+        bare.add(rid, prompt, {"sampling_params": {"logit_bias": never, "sampling_seed": seed}})
     for _ in range(6):
         w.engine.step()
         bare.step()
@@ -276,11 +284,13 @@ def test_a_halt_wins_over_logit_bias(world: Any, hf: Hf) -> None:
     assert w.reports[rid].verdict == "HALT"
 
 
-def test_segments_are_followed(world: Any) -> None:
-    think = {"reasoning": {"opens": [[20]], "closes": [[21]], "thresholds": {
+def test_segments_are_followed(world: Any, tmp_path: Path) -> None:
+    think = {"reasoning": {"opens": [[20]], "closes": [[21]], "tiers": {
         "moderate": {"horizon": 0, "halt_at": 1.0}}}}  # fmt: skip
     bundle = make_bundle(segments=think)
-    w = world(bundle, chunked_prefill_size=4, enable_mixed_chunk=True)
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    w = world(bundle, chunked_prefill_size=4, enable_mixed_chunk=True, model_path=model)
     asked = {rid: [*prompt, 20] if i % 2 else prompt for i, (rid, prompt) in
              enumerate(ASKED.items())}  # fmt: skip
     reqs = {rid: w.ask(rid, prompt) for rid, prompt in asked.items()}
