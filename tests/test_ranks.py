@@ -30,7 +30,6 @@ from midstream.engines.ranks import Agreement, OtherStageError, RankLostError, c
 from midstream.kernels.tables import Verdict
 from midstream.ledger.open import open_ledger
 from midstream.monitor import Monitor
-from midstream.policy import Thresholds
 from midstream.taps import Tap, attach_taps
 from midstream.turns import TurnGate
 
@@ -103,11 +102,11 @@ class TensorParallelLlama(nn.Module):
         return hidden
 
 
-def random_probe(**fields: Any) -> Probe:
-    """One whose logits are all over the place, so that verdicts fall on both sides."""
+def random_probe() -> Probe:
+    """One whose logits lie on both sides of the chain's edge at 5, some of them close to it."""
     generator = torch.Generator().manual_seed(3)
     weight = 3 * torch.randn(32, generator=generator)
-    return Probe(**{"name": "any", "hazard": "any", "tap": TAP, "weight": weight, **fields})
+    return Probe(name="any", hazard="any", tap=TAP, weight=weight, bias=-33.63)
 
 
 @dataclass
@@ -124,13 +123,9 @@ def sentences(count: int = 12, length: int = 20) -> Tensor:
     return torch.randint(5, 24, (count, length), generator=generator)
 
 
-def watch(
-    rank: int, groups: list[list[int]], agree: bool, noise: float = 0.0, halt_at: float = 0.5
-) -> Watched:
+def watch(rank: int, groups: list[list[int]], agree: bool, noise: float = 0.0) -> Watched:
     """Feed the sentences token by token, streams packed in ``groups``; judge each step."""
-    tiers = {"moderate": Thresholds(horizon=0, halt_at=halt_at)}
-    lm = toy.model()
-    monitor = toy.monitor(lm, slots=12, probes=[random_probe()], tiers=tiers)
+    monitor = toy.monitor(slots=12, probes=[random_probe()])
     model = TensorParallelLlama(rank)
     ids, seen = sentences(), []
     attach_taps(model, [TAP], lambda tap, hidden: seen.append(hidden))
@@ -170,7 +165,7 @@ def test_ranks_of_a_tensor_parallel_model_decide_alike_bit_for_bit(
     one, two = on_two_ranks(work, tmp_path)
     assert torch.equal(one.hidden, two.hidden)
     halted = (one.verdicts[-1] == Verdict.HALT).sum()
-    assert 3 <= halted <= 9
+    assert 2 <= halted <= 9
     assert torch.equal(one.verdicts, two.verdicts)
     for mine, theirs in zip(one.table, two.table, strict=True):
         assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
@@ -184,13 +179,12 @@ def test_a_tensor_parallel_model_is_judged_as_the_whole_one(tmp_path: Path) -> N
     torch.testing.assert_close(split.hidden, seen[0])
 
 
-NOISE = 1e-3
-"""Relative; bf16 rounds to 4e-3, and a sum in another order moves the last bits."""
+NOISE = 2.0**-8
+"""Relative: what rounding to bf16 once more may change."""
 
 
 def perturbed(rank: int, agree: bool) -> Watched:
-    # At this threshold some belief stands on the edge, as some do in any long run.
-    return watch(rank, [list(range(12))], agree, NOISE, halt_at=0.5)
+    return watch(rank, [list(range(12))], agree, NOISE)
 
 
 def test_ranks_whose_residuals_differ_disagree_unless_one_of_them_decides(tmp_path: Path) -> None:
@@ -277,7 +271,7 @@ def test_the_last_pipeline_stage_judges_as_one_process_would(tmp_path: Path) -> 
     slot = torch.arange(12, dtype=torch.int32).repeat_interleave(ids.shape[1])
     monitor.advance(slot, torch.arange(ids.shape[1], dtype=torch.int32).repeat(12))
     assert torch.equal(got, monitor.slots.halted_at)
-    assert 3 <= int((got >= 0).sum()) <= 11
+    assert 2 <= int((got >= 0).sum()) <= 9
 
 
 def converse(ledger: str, mine: Callable[[int], bool], share: Callable[..., str]) -> list[Any]:
@@ -320,7 +314,8 @@ def test_replicas_that_share_a_ledger_decide_turns_as_one_would(tmp_path: Path) 
     for name in ("shared", "apart{rank}"):
         folder = tmp_path / name
         folder.mkdir()
-        decided[name] = sum(on_two_ranks(replica, folder, f"{tmp_path}/{name}.db"), [])
+        one, two = on_two_ranks(replica, folder, f"{tmp_path}/{name}.db")
+        decided[name] = one + two
     one = converse(f"{tmp_path}/one.db", lambda turn: True, alone)
     assert {verdict for _, verdict, _ in one} == {"CONTINUE", "HALT"}
     assert sorted(decided["shared"]) == sorted(one)

@@ -1,4 +1,4 @@
-"""The SGLang adapter around a stand-in of SGLang's seams: the verdicts of the transformers engine."""
+"""The SGLang adapter in a stand-in of SGLang: it decides as the transformers engine does."""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ def test_rows_that_are_not_summed_over_the_ranks_are_found_out(world: Any) -> No
 
 
 def test_a_mode_of_speculative_decoding_is_refused(world: Any) -> None:
-    w = world()
+    world()
     batch = standin.ForwardBatch(
         standin.ForwardMode.TARGET_VERIFY, None, None, None, None, None, [], []
     )
