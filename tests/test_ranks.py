@@ -134,7 +134,7 @@ def watch(rank: int, groups: list[list[int]], agree: bool, noise: float = 0.0) -
     if noise and rank == 1:
         generator = torch.Generator().manual_seed(9)
         hidden = hidden * (1 + noise * torch.randn(hidden.shape, generator=generator))
-    agreement = Agreement(monitor.slots, timeout=WAIT) if agree else None
+    agreement = Agreement(monitor.slots, dist.group.WORLD, timeout=WAIT) if agree else None
     for i in range(len(ids)):
         monitor.admit(f"s{i}", 1)
     verdicts = []
@@ -200,7 +200,7 @@ def test_ranks_whose_residuals_differ_disagree_unless_one_of_them_decides(tmp_pa
 
 def dies(rank: int, which: int, how: str) -> tuple[str, float] | None:
     monitor = toy.monitor()
-    agree = Agreement(monitor.slots, timeout=WAIT)
+    agree = Agreement(monitor.slots, dist.group.WORLD, timeout=WAIT)
     agree()
     dist.barrier()
     start = time.monotonic()

@@ -42,8 +42,8 @@ class Agreement:
     slots : SlotTable
         Of this rank's monitor. Streams must have the same slot on every rank, as they have when all
         ranks admit and retire in the same order.
-    group : ProcessGroup, optional
-        Ranks that sample the same rows; all there are when not given.
+    group : ProcessGroup
+        Ranks that sample the same rows.
     decides : int
         The rank, within the group, whose verdicts count. Only its reports are the truth.
     timeout : timedelta
@@ -52,13 +52,13 @@ class Agreement:
     def __init__(
         self,
         slots: SlotTable,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup,
         *,
         decides: int = 0,
         timeout: timedelta = TIMEOUT,
     ) -> None:
         self._verdict: Tensor = slots.verdict
-        self._group = group if group is not None else dist.group.WORLD
+        self._group = group
         self._source = dist.get_global_rank(self._group, decides)
         self._timeout = timeout
 

@@ -90,7 +90,7 @@ def before_layer(config: dict[str, Any]) -> Callable[..., None]:
 
 
 def after_layer(config: dict[str, Any]) -> Callable[..., None]:
-    """Hook for ``resid_post``: layers return the stream, or two parts of it that are to be added."""
+    """Hook for ``resid_post``: layers return the stream, or two parts of it, to be added."""
     tap = Tap.parse(config["tap"])
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
