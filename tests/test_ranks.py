@@ -41,7 +41,7 @@ TAP = Tap(1, "resid_pre")  # behind the all-reduces of the first layer
 def on_two_ranks(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Run ``work(rank, *args)`` on both ranks; return what each returned."""
     context = mp.spawn(_run, (work, str(folder), *args), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not context.join(timeout=5):
         assert time.monotonic() < deadline, "the ranks hang"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
@@ -281,11 +281,12 @@ def converse(ledger: str, mine: Callable[[int], bool], share: Callable[..., str]
     gate = TurnGate(bundle, open_ledger(ledger))
     messages = [{"role": "user", "content": "w5 w6"}]
     decisions = []
-    for turn in range(6):
+    for turn in range(4):
         text = None
         if mine(turn):
             torch.manual_seed(turn)
             options = {"gate": gate, "conversation": "c", "max_new_tokens": 8, "do_sample": True}
+            options["sequence_bias"] = {(toy.BAD,): 2.0}  # so that some turns open a seal
             events = list(hf.stream(lm, toy.tokenizer(), messages, monitor, **options))
             text = "".join(event.text or "" for event in events if event.type == "released")
             decisions += [(turn, e.verdict, e.risk) for e in events if e.type == "verdict"]
