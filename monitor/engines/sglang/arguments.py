@@ -20,56 +20,31 @@ UNTRIED = "MIDSTREAM_UNTRIED_SGLANG"
 
 _HOOKS = "midstream.engines.sglang.hooks"
 
+_GRAPHS = "CUDA graphs are captured before forward hooks are registered, and replay without them"
+_LORA = "an adapter changes the residual stream that the probes were made for"
+_SPECULATIVE = "speculative decoding feeds tokens that are thrown away, several rows to a stream"
+_OFF = (False, None)
+
 # Server argument, the values that can be watched, why no others, and what to pass.
 _NEEDED: tuple[tuple[str, tuple[object, ...], str, str], ...] = (
-    (
-        "disable_cuda_graph",
-        (True,),
-        "CUDA graphs are captured before the forward hooks are registered, and replay without them",
-        "--disable-cuda-graph",
-    ),
+    ("disable_cuda_graph", (True,), _GRAPHS, "--disable-cuda-graph"),
     (
         "enable_custom_logit_processor",
         (True,),
         "without custom logit processors nothing is halted",
         "--enable-custom-logit-processor",
     ),
-    (
-        "enable_torch_compile",
-        (False, None),
-        "compiled code skips hooks",
-        "no --enable-torch-compile",
-    ),
-    (
-        "speculative_algorithm",
-        (None,),
-        "speculative decoding feeds tokens that are thrown away, several rows to a stream",
-        "no --speculative-algorithm",
-    ),
-    (
-        "pp_size",
-        (1, None),
-        "with pipeline parallel no process sees all tapped rows",
-        "--tp-size instead",
-    ),
-    (
-        "enable_dp_attention",
-        (False, None),
-        "with DP attention ranks see other rows than those they sample",
-        "--dp-size alone",
-    ),
+    ("enable_torch_compile", _OFF, "compiled code skips hooks", "no --enable-torch-compile"),
+    ("speculative_algorithm", (None,), _SPECULATIVE, "no --speculative-algorithm"),
+    ("pp_size", (1, None), "in a pipeline no process sees all tapped rows", "--tp-size instead"),
+    ("enable_dp_attention", _OFF, "DP attention splits rows over ranks", "--dp-size alone"),
     (
         "enable_two_batch_overlap",
-        (False, None),
-        "two-batch overlap runs a step as two interleaved passes",
+        _OFF,
+        "a step runs as two interleaved passes",
         "no --enable-two-batch-overlap",
     ),
-    (
-        "enable_lora",
-        (False, None),
-        "an adapter changes the residual stream that the probes were made for",
-        "a merged model and a bundle for it",
-    ),
+    ("enable_lora", _OFF, _LORA, "a merged model and a bundle for it"),
     (
         "disaggregation_mode",
         ("null", None),
