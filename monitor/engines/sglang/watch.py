@@ -81,7 +81,8 @@ class Watch:
                 f"a forward pass in mode {mode}: its rows cannot be put under streams; start the "
                 "server without what runs such passes"
             )
-        self.monitor.discard()
+        if self.monitor.observed_rows:
+            self.monitor.discard()  # the pass before this one failed
         self._judged.clear()
         self._requests = [] if mode == "IDLE" else _requests(batch)
         self._rows = [1] * len(self._requests) if mode == "DECODE" else batch.extend_seq_lens_cpu
