@@ -4,8 +4,8 @@
     python bench/figures.py --only learn,replay  run these parts, keep the others
     python bench/figures.py --render             only rewrite the README from the file
 
-The figures on real text need public data: name the folder that holds ``toxic_spans`` and ``xstest``
-in ``MIDSTREAM_DATA``. Without it those entries are left as they stand, and this is said.
+The figures on real data need public sets: name the folder that holds ``toxic_spans``, ``xstest``
+and ``r_judge`` in ``MIDSTREAM_DATA``. Without it those entries stay, and this is said.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 LLAMA = "python bench/overhead.py"
 SLOTS = "midstream inspect --json monitor/testbed/bundle"
-TOXIC, XSTEST = "docs/toxic_spans.md", "docs/xstest.md"
+TOXIC, XSTEST, AGENTS = "docs/toxic_spans.md", "docs/xstest.md", "docs/agents.md"
 
 WHO = {
     "midstream": ("modes", None),
@@ -59,12 +60,8 @@ ASKED = {
     "toxic_token_auroc": "≥ 0.82",
     "toxic_spans_char_f1": "≥ 0.65",
     "toxic_spans_char_f1_k4": "≥ full context − 0.02",
-    "testbed_probe_auroc_vs_oracle": "≥ 0.98",
-    "collect_and_train_minutes": "≤ 10",
-    "collect_vs_forward": "≤ 1.2",
     "calibration_bound_broken_share": "≤ 0.1 but for chance",
     "calibration_bound_broken_share_crc": "≤ 0.1 but for chance",
-    "replay_seconds": "≤ 60",
 }
 
 
@@ -139,22 +136,45 @@ def kernels() -> Iterator[Figure]:
         yield name, value, unit, command
 
 
-def learn() -> Iterator[Figure]:
-    """Probes against the oracle, and how long they take."""
-    command = "python bench/learn.py"
+BENCHES: dict[str, tuple[str, dict[str, tuple[str, str | None]]]] = {
+    "learn": (
+        "python bench/learn.py",
+        {
+            "testbed_probe_auroc_vs_oracle": ("ratio to the oracle", "≥ 0.98"),
+            "testbed_forecast_auroc_vs_oracle": ("ratio to the oracle", None),
+            "collect_and_train_minutes": ("min", "≤ 10"),
+        },
+    ),
+    "collect": ("python bench/collect.py", {"collect_vs_forward": ("ratio", "≤ 1.2")}),
+    "replay": ("python bench/replay.py", {"replay_seconds": ("s", "≤ 60")}),
+    "chain": (
+        "python bench/chain.py",
+        {
+            "em_error_slope": ("log error per log streams", "−0.5"),
+            "forecast_brier_vs_oracle": ("ratio to the true chain", "≤ 1.05"),
+        },
+    ),
+    "turns": (
+        "python bench/turns.py",
+        {"turn_gate_f1phi2_vs_oracle": ("ratio to the oracle", "≥ 0.9")},
+    ),
+    "gate": ("python bench/action_gate.py --only-time", {"action_gate_p99_us": ("us", "≤ 200")}),
+    "ledger": (
+        "python bench/ledger.py",
+        {"ledger_updates_per_second": ("turns per second", "≥ 2000")},
+    ),
+}
+"""Programs that print one JSON object: the command, and each figure's unit and what is asked."""
+
+
+def bench(part: str) -> Iterator[Figure]:
+    """Figures of one of the programs in `BENCHES`."""
+    command, figures = BENCHES[part]
     found = json.loads(run(command))
-    for name, unit in (
-        ("testbed_probe_auroc_vs_oracle", "ratio to the oracle"),
-        ("testbed_forecast_auroc_vs_oracle", "ratio to the oracle"),
-        ("collect_and_train_minutes", "min"),
-    ):
+    for name, (unit, asked) in figures.items():
+        if asked is not None:
+            ASKED[name] = asked
         yield name, found[name], unit, command
-
-
-def collecting() -> Iterator[Figure]:
-    """What collecting costs over a forward pass."""
-    command = "python bench/collect.py"
-    yield "collect_vs_forward", json.loads(run(command))["collect_vs_forward"], "ratio", command
 
 
 def calibration() -> Iterator[Figure]:
@@ -165,17 +185,27 @@ def calibration() -> Iterator[Figure]:
         yield f"calibration_bound_broken_share{suffix}", found[method], "fraction", command
 
 
-def replaying() -> Iterator[Figure]:
-    """Judging recorded streams again."""
-    command = "python bench/replay.py"
-    yield "replay_seconds", json.loads(run(command))["replay_seconds"], "s", command
+def agents() -> Iterator[Figure]:
+    """Agents on R-Judge, half of which nobody looked at."""
+    if data_folder() is None:
+        return
+    found = json.loads(run("python bench/agents.py"))
+    for name, unit in (("detection", "fraction"), ("fpr", "fraction"), ("lead_steps", "steps")):
+        yield f"r_judge_{name}", found[f"r_judge_{name}"]["value"], unit, AGENTS
+
+
+def data_folder() -> str | None:
+    """Where the public data are; None, which is said, where nobody named it."""
+    folder = os.environ.get("MIDSTREAM_DATA")
+    if folder is None:
+        print("MIDSTREAM_DATA is not set: figures on public data are kept", file=sys.stderr)
+    return folder
 
 
 def real_text() -> Iterator[Figure]:
     """The recipes of docs/toxic_spans.md and docs/xstest.md."""
-    folder = os.environ.get("MIDSTREAM_DATA")
+    folder = data_folder()
     if folder is None:
-        print("MIDSTREAM_DATA is not set: figures on real text are kept", file=sys.stderr)
         return
     train, trial = (shlex.quote(f"{folder}/toxic_spans/{part}.csv") for part in ("train", "trial"))
     recipe = "python bench/toxic_spans.py"
@@ -198,10 +228,9 @@ PARTS: dict[str, Callable[[], Iterator[Figure]]] = {
     "demo": demo,
     "llama": llama,
     "kernels": kernels,
-    "learn": learn,
-    "collect": collecting,
     "calibration": calibration,
-    "replay": replaying,
+    **{part: partial(bench, part) for part in BENCHES},
+    "agents": agents,
     "text": real_text,
 }
 

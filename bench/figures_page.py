@@ -39,6 +39,14 @@ ROWS = {
     "calibration_bound_broken_share": "200 calibrations that broke their bound, learn-then-test",
     "calibration_bound_broken_share_crc": "the same, conformal risk control's",
     "replay_seconds": "100,000 streams of 256 tokens judged at 50 thresholds, seconds",
+    "em_error_slope": "error of the chain that EM recovers, slope over the number of streams",
+    "forecast_brier_vs_oracle": "Brier score of its forecasts, ratio to the true chain's",
+    "turn_gate_f1phi2_vs_oracle": "turn gate on the testbed, F1φ2, share of the oracle's",
+    "r_judge_detection": "unsafe traces of R-Judge flagged before their last call",
+    "r_judge_fpr": "safe ones flagged",
+    "r_judge_lead_steps": "lead of the flag, steps",
+    "action_gate_p99_us": "action gate, p99 over calls (best of five, CPU time), microseconds",
+    "ledger_updates_per_second": "turns written to SQLite, durably, per second",
 }
 
 

@@ -5,9 +5,11 @@
 Each writer opens the store, keeps conversations of 20 turns of its own, and writes turn by turn, as
 a gate does: one record per call, the next when that one is on the disk. What is batched is batched
 by the store. The figure is the rate with 8 processes of 8 threads on SQLite; beside it are fewer
-writers, the same with Redis (appendonly, appendfsync always: the same promise), and what a sync of
-4 kB costs on this disk, which bounds what one writer alone can reach. Seconds run from the moment
-at which all writers are ready to the last answer.
+writers, 8 processes that give a turn of 20 conversations in each call, and the same with Redis
+(appendonly, appendfsync always: the same promise). Beside each rate is what a sync of 4 kB cost on
+this disk just before and after, the mean of both medians: it bounds what one writer alone can
+reach, and disks that are shared differ tenfold from one minute to the next. Seconds run from the
+moment at which all writers are ready to the last answer.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from midstream.ledger.open import open_ledger
 
 TURNS_EACH = 20
 BELIEF = (0.7, 0.2, 0.05, 0.03, 0.015, 0.005)
-WRITERS = ((1, 1), (1, 8), (8, 1), (8, 8))  # processes, threads of each
+WRITERS = ((1, 1, 1), (1, 8, 1), (8, 1, 1), (8, 1, 20), (8, 8, 1))  # processes, threads, batch
 
 
 def quantiles(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
@@ -46,7 +48,7 @@ def quantiles(seconds: Sequence[float] | NDArray[np.float64]) -> dict[str, float
     return {"p50_us": round(float(p50), 1), "p99_us": round(float(p99), 1)}
 
 
-def sync_seconds(folder: Path, times: int = 300) -> list[float]:
+def sync_seconds(folder: Path, times: int = 100) -> list[float]:
     """What it takes to append 4 kB and to sync it."""
     taken = []
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -58,19 +60,24 @@ def sync_seconds(folder: Path, times: int = 300) -> list[float]:
     return taken
 
 
-def write_turns(url: str, process: int, threads: int, turns: int, ready: Any, results: Any) -> None:
+def write_turns(
+    url: str, process: int, threads: int, batch: int, turns: int, ready: Any, results: Any
+) -> None:
     """One process of writers; its answer is the time of each call, and when the last one ended."""
     ledger = open_ledger(url, timeout=60)
     taken: list[list[float]] = [[] for _ in range(threads)]
 
     def write(thread: int) -> None:
-        for index in range(turns):
-            number = (process * threads + thread) * turns + index // TURNS_EACH
-            one = record(conversation_named(number), index % TURNS_EACH + 1, belief=BELIEF)
+        for call in range(turns // batch):
+            first = (process * threads + thread) * turns + call // TURNS_EACH * batch
+            records = [
+                record(conversation_named(first + i), call % TURNS_EACH + 1, belief=BELIEF)
+                for i in range(batch)
+            ]
             begin = time.perf_counter()
-            (added,) = ledger.write([one])
+            added = ledger.write(records)
             taken[thread].append(time.perf_counter() - begin)
-            assert added
+            assert all(added)
 
     workers = [threading.Thread(target=write, args=(thread,)) for thread in range(threads)]
     ready.wait()
@@ -82,24 +89,29 @@ def write_turns(url: str, process: int, threads: int, turns: int, ready: Any, re
     ledger.close()
 
 
-def measured(url: str, processes: int, threads: int, turns: int) -> dict[str, float]:
+def measured(
+    url: str, folder: Path, processes: int, threads: int, batch: int, turns: int
+) -> dict[str, float]:
     """Write about so many turns in all, each once."""
-    each = turns // (processes * threads)
+    each = turns // (processes * threads * batch) * batch
     ready, results = CONTEXT.Barrier(processes + 1), CONTEXT.Queue()
     writers = [
-        CONTEXT.Process(target=write_turns, args=(url, index, threads, each, ready, results))
+        CONTEXT.Process(target=write_turns, args=(url, index, threads, batch, each, ready, results))
         for index in range(processes)
     ]
     for writer in writers:
         writer.start()
+    syncs = [np.median(sync_seconds(folder))]
     ready.wait()
     begin = time.monotonic()  # one clock for all processes
     answers = [results.get() for _ in writers]
     for writer in writers:
         writer.join()
     seconds = max(end for end, _ in answers) - begin
+    syncs.append(np.median(sync_seconds(folder)))
     rate = each * processes * threads / seconds
-    return {"per_second": round(rate, 1)} | quantiles(np.concatenate([t for _, t in answers]))
+    calls = quantiles(np.concatenate([taken for _, taken in answers]))
+    return {"per_second": round(rate, 1), "sync_us": round(float(np.mean(syncs)) * 1e6, 1)} | calls
 
 
 def read_seconds(url: str, times: int = 500) -> list[float]:
@@ -119,13 +131,12 @@ def read_seconds(url: str, times: int = 500) -> list[float]:
     return taken
 
 
-def measured_store(url_of: Callable[[int], str], turns: int) -> dict[str, Any]:
+def measured_store(url_of: Callable[[int], str], folder: Path, turns: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for index, (processes, threads) in enumerate(WRITERS):
+    for index, (processes, threads, batch) in enumerate(WRITERS):
         url = url_of(index)
-        result[f"{processes}_processes_x_{threads}_threads"] = measured(
-            url, processes, threads, turns
-        )
+        name = f"{processes}_processes_x_{threads}_threads" + f"_x_{batch}_turns" * (batch > 1)
+        result[name] = measured(url, folder, processes, threads, batch, turns)
     return result | {"read_20_turns": quantiles(read_seconds(url))}
 
 
@@ -137,8 +148,8 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
-        result: dict[str, Any] = {"turns": turns, "sync_4_kb": quantiles(sync_seconds(place))}
-        result["sqlite"] = measured_store(lambda index: f"{place}/{index}.db", turns)
+        result: dict[str, Any] = {"turns": turns}
+        result["sqlite"] = measured_store(lambda index: f"{place}/{index}.db", place, turns)
         begin = time.perf_counter()
         last = place / f"{len(WRITERS) - 1}.db"
         open_ledger(str(last)).close()
@@ -149,7 +160,9 @@ def main(
             with redis_server(place) as server:
                 with redis.Redis.from_url(server.url) as client:
                     before = client.info("memory")["used_memory"]
-                    result["redis"] = measured_store(lambda db: f"{server.url}?db={db}", turns)
+                    result["redis"] = measured_store(
+                        lambda db: f"{server.url}?db={db}", place, turns
+                    )
                     used = client.info("memory")["used_memory"] - before
                 result["redis"]["bytes_per_turn"] = round(used / turns / len(WRITERS), 1)
     result["ledger_updates_per_second"] = result["sqlite"]["8_processes_x_8_threads"]["per_second"]

@@ -3,13 +3,19 @@
 Each segment is judged on its own, by its own thresholds: evidence and belief start afresh at its
 first token, from the belief that the prompt left. So unsafe reasoning before a safe answer (a
 *leak*) and a safe trace before an unsafe answer (an *escape*; Chain of Risk, arXiv 2605.05678) are
-both visible. An opening marker belongs to the segment it opens, a closing one to that it closes.
+both visible. An opening marker belongs to the segment it opens, a closing one to that it closes;
+where one is several ids, its last id opens the segment.
+
+A stream that is held when its segment changes is judged on from where it was, by the thresholds of
+the segment it comes into: evidence starts afresh at the next change at which it is not held. Else
+the marker alone would let go tokens whose risk has never fallen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from midstream.kernels.tables import SlotTable
+from midstream.kernels.tables import SlotTable, Verdict
 from midstream.policy import ANSWER, Marker, Policy
 from midstream.streams import SegmentReport
 
 Ids = tuple[int, ...]
+
+_HOLD = int(Verdict.HOLD)
 
 
 class SegmentError(ValueError):
@@ -57,8 +65,8 @@ class SegmentReader:
         State in which a response starts that begins inside a segment.
     opens : tuple of tuple of ids
         Opening markers of each segment.
-    blank : frozenset of int
-        Ids that decode to white space.
+    is_blank : callable
+        Whether an id decodes to white space.
     """
 
     names: tuple[str, ...]
@@ -67,7 +75,7 @@ class SegmentReader:
     token_class: NDArray[np.int64]
     inside: NDArray[np.int64]
     opens: tuple[tuple[Ids, ...], ...]
-    blank: frozenset[int]
+    is_blank: Callable[[int], bool]
 
     @classmethod
     def of(cls, policy: Policy, tokenizer: Any = None) -> SegmentReader:
@@ -98,11 +106,12 @@ class SegmentReader:
                             "each must open or close one segment"
                         )
                     meaning[marker] = number, is_open
-        blank = frozenset[int]()
-        if tokenizer is not None:
-            vocabulary = range(len(tokenizer))
-            blank = frozenset(i for i in vocabulary if not tokenizer.decode([i]).strip())
-        return cls(names, *_compile(meaning, len(names)), tuple(opens), blank)
+
+        @cache  # asked when a stream is admitted; to decode a whole vocabulary takes a second
+        def is_blank(token: int) -> bool:
+            return tokenizer is not None and not tokenizer.decode([token]).strip()
+
+        return cls(names, *_compile(meaning, len(names)), tuple(opens), is_blank)
 
     def start(self, prompt: Sequence[int]) -> int:
         """State before the first response token.
@@ -111,12 +120,23 @@ class SegmentReader:
         after it left out. Markers elsewhere in the prompt count for nothing: a user can write them.
         """
         end = len(prompt)
-        while end and prompt[end - 1] in self.blank:
+        while end and self.is_blank(prompt[end - 1]):
             end -= 1
         for number, markers in enumerate(self.opens):
             if any(tuple(prompt[max(0, end - len(m)) : end]) == m for m in markers):
                 return int(self.inside[number])
         return int(self.inside[0])
+
+    def reads_like(self, other: SegmentReader) -> bool:
+        """Whether it tells the same segments in any response."""
+        return all(
+            np.array_equal(mine, others)
+            for mine, others in (
+                (self.step, other.step),
+                (self.segment, other.segment),
+                (self.token_class, other.token_class),
+            )
+        )
 
     def read(self, state: int, ids: Iterable[int]) -> NDArray[np.int64]:
         """Segment of each token that is read from ``state`` on, [n]."""
@@ -233,8 +253,10 @@ class SegmentTable:
 
     def recognise(self, reader: SegmentReader) -> None:
         """Take the automaton that :meth:`follow` reads tokens with."""
+        before, self.reader = self.reader, reader
+        if before is not None and before.reads_like(reader):
+            return  # a captured graph reads from where the tables are
         device = self._slots.device
-        self.reader = reader
         self._step = torch.from_numpy(reader.step).to(device)
         self._segment_of = torch.from_numpy(reader.segment).to(device)
         self._token_class = torch.from_numpy(reader.token_class).to(device)
@@ -286,21 +308,26 @@ class SegmentTable:
 
     def _enter(self, live: Tensor, segment: Tensor) -> None:
         slots = self._slots
-        counts = torch.stack([slots.scored, slots.unscored], dim=1)
         first = live & (slots.position == slots.start)  # what is there now is the prompt's
+        changed = live & (segment != self._segment)
+        if slots.device.type == "cpu" and not bool((first | changed).any()):
+            return  # as in most steps: 50 us instead of 150; a GPU would have to be waited for
+        counts = torch.stack([slots.scored, slots.unscored], dim=1)
         self._begin.copy_(torch.where(first[:, None], slots.belief, self._begin))
         self._counted.copy_(torch.where(first[:, None], counts, self._counted))
         self._prompt_peak.copy_(torch.where(first, slots.peak, self._prompt_peak))
-        changed = live & (segment != self._segment)
+        slots.peak.masked_fill_(first, 0.0)  # or it would pass for the answer's
         left = torch.nn.functional.one_hot(self._segment, len(self.names)).bool() & changed[:, None]
         best = torch.maximum(self._peak, slots.peak[:, None])
         self._peak.copy_(torch.where(left, best, self._peak))
         self._counts.add_(torch.where(left[..., None], (counts - self._counted)[:, None], 0))
         self._counted.copy_(torch.where(changed[:, None], counts, self._counted))
-        slots.peak.masked_fill_(first | changed, 0.0)
-        slots.belief.copy_(torch.where(changed[:, None], self._begin, slots.belief))
-        slots.evidence.masked_fill_(changed[:, None], 0.0)
-        slots.folds.masked_fill_(changed[:, None], 0)
+        slots.peak.masked_fill_(changed, 0.0)
+        # While a stream is held it goes on: or a marker would let go what calm tokens have not.
+        afresh = (changed & (slots.verdict != _HOLD))[:, None]
+        slots.belief.copy_(torch.where(afresh, self._begin, slots.belief))
+        slots.evidence.masked_fill_(afresh, 0.0)
+        slots.folds.masked_fill_(afresh, 0)
         self._segment.copy_(torch.where(changed, segment, self._segment))
         row = self._segment * self._tiers + slots.policy % self._tiers
         slots.policy.copy_(torch.where(live, row.to(torch.int32), slots.policy))

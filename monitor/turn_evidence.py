@@ -50,6 +50,7 @@ class TurnEvidence:
         self._slots = SlotTable.allocate(
             1, len(self._names), bundle.chain.states, window=bundle.bank.window
         )
+        self._reads_prompts = bool(bundle.chain.prompt_edges)
         chain = bundle.chain.table()
         self._prior = chain.prior
         self._advance = ops.Backend(torch.device("cpu")).bind_advance(
@@ -57,16 +58,22 @@ class TurnEvidence:
         )
         self._lock = threading.Lock()
 
-    def log_hazard(self, report: StreamReport) -> float | None:
+    def log_hazard(self, report: StreamReport, tokens: int | None = None) -> float | None:
         """Log-hazard of the response of a stream, 0 to 16.64 nats; None if no token has a score.
 
-        A response without tokens says nothing: 0. O(n) in the tokens of the response.
+        A response without tokens says nothing: 0. O(n) in the tokens of the trace.
+
+        Parameters
+        ----------
+        report : StreamReport
+        tokens : int, optional
+            Read only so many of the response.
 
         Raises
         ------
         TurnEvidenceError
             For a report of another bundle, and for a trace that does not reach back to the first
-            response token.
+            response token, or, where the bundle reads prompts, to the first prompt token.
         """
         if report.bundle != self._bundle:
             raise TurnEvidenceError(
@@ -75,8 +82,9 @@ class TurnEvidence:
             )
         trace = report.trace
         position = np.array(trace.position, dtype=np.int32)
-        kept = int((position >= report.prompt_tokens).sum())
-        lost = bool(position[-kept] != report.prompt_tokens) if kept else not len(position)
+        prompt = int((position < report.prompt_tokens).sum())
+        kept = len(position) - prompt
+        lost = bool(position[prompt] != report.prompt_tokens) if kept else not prompt
         if lost and report.scored:
             raise TurnEvidenceError(
                 f"report of stream {report.stream!r}: its trace begins behind the first response "
@@ -85,9 +93,18 @@ class TurnEvidence:
         if not kept and not report.unscored:
             return 0.0
         logits = np.array([trace.scores[name] for name in self._names], dtype=np.float32).T
-        if not kept or not np.isfinite(logits[-kept:]).any():
+        scored = np.asarray(np.isfinite(logits).any(axis=1))
+        if self._reads_prompts and scored.sum() < report.scored:
+            raise TurnEvidenceError(
+                f"report of stream {report.stream!r}: its trace has {scored.sum()} of "
+                f"{report.scored} scored tokens, and the bundle reads prompts; build the monitor "
+                "with a trace as long as the longest prompt and response together"
+            )
+        if tokens is not None:
+            position = position[position < report.prompt_tokens + tokens]
+            logits = logits[: len(position)]
+        if not scored[prompt : len(position)].any():
             return None
-        prompt = len(position) - kept
         with self._lock:
             self._slots.admit(0, start=prompt, policy=0, prior=self._prior)
             self._feed(logits[:prompt], position[:prompt] - position[0])

@@ -6,6 +6,7 @@ The chain is a `midstream.chain.Chain`; its evidence is one number per turn, the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,7 +95,7 @@ class TurnModel(BaseModel):
 
     def bin(self, log_hazard: float) -> int:
         """Evidence bin of a turn: the number of edges at or below its log-hazard."""
-        if not log_hazard >= 0:
+        if not 0 <= log_hazard < math.inf:
             raise ChainError(f"log_hazard: expected a number, 0 or more, got {log_hazard}")
         return int(np.searchsorted(self.chain.edges, log_hazard, side="right"))
 

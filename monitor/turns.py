@@ -9,129 +9,30 @@
 The ledger holds the belief after each turn under a key made of the whole history up to it. So
 nothing is kept in the process: a retry, a branch, an edited turn, a prefix-cache hit or another
 replica find just the turns that their history has in common with what was judged before. Cost: one
-hash over the history, one read, one write, O(K^2) for K states.
+hash over the history, one read, one write, O(K^2) for K states and turn that the ledger lacks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from midstream.bundle import Bundle
 from midstream.ledger.ledger import Ledger, LedgerError, TurnRecord, conversation_key, turn_key
 from midstream.policy import PolicyError
 from midstream.streams import StreamReport
-from midstream.turn_evidence import TurnEvidence
+from midstream.turn_decision import COUNTED, Cause, Turn, TurnDecision
+from midstream.turn_evidence import DETECT, TurnEvidence
 from midstream.turn_history import History
-from midstream.turn_model import Floats, TurnBelief
-
-Cause = Literal["none", "risk", "unseen", "store", "unscored", "halted"]
+from midstream.turn_model import TurnBelief
 
 _SWEEP = 60.0  # seconds between two expiries of one gate
 _TOLERANCE = 1e-6  # of a stored belief's sum
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A turn that is being answered.
-
-    Attributes
-    ----------
-    conversation : str
-        Hash of the conversation's id.
-    parent : str
-        Key of the turn before it.
-    asked : tuple of (role, content)
-    number : int
-        1 for the first.
-    belief : float64 [K+1]
-        Over the states of the turn chain, after the turns before.
-    unseen : int
-        Turns before it that the ledger does not know, or knows from another bundle.
-    gap : int
-        Those of them behind the last one it knows: ``belief`` moved so often without evidence. The
-        others are in the belief of a later turn.
-    store_error : str, optional
-        What the ledger said when it could not be read.
-    token_prior : float64 [k+1], optional
-        Belief of the token chain to start from (`midstream.monitor.Monitor.admit`).
-    """
-
-    conversation: str
-    parent: str
-    asked: tuple[tuple[str, str], ...]
-    number: int
-    belief: Floats
-    unseen: int
-    gap: int
-    store_error: str | None
-    token_prior: Floats | None
-
-
-class TurnDecision(BaseModel):
-    """What the gate says of one response, and why.
-
-    Attributes
-    ----------
-    verdict : {"DELIVER", "BLOCK"}
-    cause : str
-        Why it is withheld: ``risk``; ``unseen`` turns; the ``store`` is down; ``unscored``, no
-        token of it has a score; ``halted``, the token monitor ended it. ``none`` if delivered.
-    risk : float
-        P(harm complete within the horizon | delivered).
-    log_hazard : float, optional
-        Evidence of this turn; None where there is none.
-    if_delivered, if_withheld : tuple of float [K+1]
-        Belief after this turn (`midstream.turn_model.TurnBelief`).
-    turn, unseen, gap, store_error
-        As in `Turn`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    verdict: Literal["DELIVER", "BLOCK"]
-    cause: Cause
-    risk: float
-    horizon: int
-    block_at: float
-    log_hazard: float | None
-    if_delivered: tuple[float, ...]
-    if_withheld: tuple[float, ...]
-    turn: int
-    unseen: int
-    gap: int
-    store_error: str | None
-
-    @property
-    def delivers(self) -> bool:
-        """Whether the response may leave."""
-        return self.verdict == "DELIVER"
-
-    @property
-    def explanation(self) -> str:
-        """The decision in one line."""
-        evidence = "no evidence" if self.log_hazard is None else f"{self.log_hazard:.2f} nats"
-        after = f"within {self.horizon} more turns" if self.horizon else "by this response"
-        why = {
-            "none": "",
-            "risk": ": the risk is too high",
-            "unseen": f": {self.unseen} earlier turns are unknown",
-            "store": f": the ledger is down: {self.store_error}",
-            "unscored": ": no token of it has a score",
-            "halted": ": the token monitor halted it",
-        }[self.cause]
-        told = f"turn {self.turn} {'delivered' if self.delivers else 'withheld'}{why}; "
-        told += f"risk {self.risk:.4f} of harm {after}, limit {self.block_at:g}; {evidence}"
-        if self.unseen and self.cause != "unseen":
-            told += f"; {self.unseen} earlier turns unknown, {self.gap} passed without evidence"
-        if self.store_error and self.cause != "store":
-            told += f"; the ledger is down: {self.store_error}"
-        return told
 
 
 class TurnGate:
@@ -160,6 +61,8 @@ class TurnGate:
         self.bundle, self.ledger = bundle, ledger
         self.model, self.policy = bundle.turns, bundle.policy.turns
         self._evidence = TurnEvidence(bundle)
+        # Of all that a belief depends on: another threshold or date must not forget conversations.
+        self._made_by = replace(bundle, policy=DETECT, notes={}, created=None, midstream="").hash
         self._swept = time.monotonic()
 
     def hold_back(self, tokens: int | Literal["turn"]) -> int | Literal["turn"]:
@@ -188,14 +91,16 @@ class TurnGate:
         """
         history = History.of(messages)
         name = conversation_key(conversation)
-        error = None
-        known: list[TurnRecord | None] = [None] * len(history.keys)
-        if history.keys:
-            try:
-                found = self.ledger.read(name, history.keys)
-                known = [self._checked(*pair) for pair in zip(found, history.keys, strict=True)]
-            except LedgerError as failure:
-                error = str(failure)
+        error, withheld = None, 0
+        turns = len(history.keys)
+        known: list[TurnRecord | None] = [None] * turns
+        again = [_withheld_key(history.parent, n) for n in range(1, COUNTED + 1)]
+        try:
+            found = self.ledger.read(name, [*history.keys, *again])
+            withheld = sum(record is not None for record in found[turns:])
+            known = [self._checked(*at) for at in zip(found[:turns], history.keys, strict=True)]
+        except LedgerError as failure:
+            error = str(failure)
         last = max((i for i, record in enumerate(known) if record is not None), default=-1)
         record = known[last] if last >= 0 else None
         gap = len(known) - 1 - last
@@ -209,12 +114,18 @@ class TurnGate:
             belief=belief,
             unseen=known.count(None),
             gap=gap,
+            withheld=withheld,
             store_error=error,
             token_prior=self.model.token_prior(belief),
         )
 
     def judge(
-        self, turn: Turn, evidence: StreamReport | float | None, *, halted: bool = False
+        self,
+        turn: Turn,
+        evidence: StreamReport | float | None,
+        *,
+        halted: bool = False,
+        tokens: int | None = None,
     ) -> TurnDecision:
         """Decide about a candidate response. Deterministic, and changes nothing.
 
@@ -225,14 +136,18 @@ class TurnGate:
             The response's report, its log-hazard in nats, or None where no token was scored.
         halted : bool
             Whether the token monitor ended it, so that it is withheld whatever the risk.
+        tokens : int, optional
+            Read only so many of the report's response, such as those that have left already.
 
         Raises
         ------
         TurnEvidenceError
             For a report of another bundle, or one whose trace is too short.
+        ChainError
+            For a log-hazard that is negative or not finite.
         """
         if isinstance(evidence, StreamReport):
-            evidence = self._evidence.log_hazard(evidence)
+            evidence = self._evidence.log_hazard(evidence, tokens)
         if evidence is None:
             moved = self.model.move(turn.belief)
             after = TurnBelief(moved, moved)
@@ -262,6 +177,7 @@ class TurnGate:
             turn=turn.number,
             unseen=turn.unseen,
             gap=turn.gap,
+            withheld=turn.withheld,
             store_error=turn.store_error,
         )
 
@@ -296,24 +212,34 @@ class TurnGate:
             belief=decision.if_delivered if delivered else decision.if_withheld,
             log_hazard=0.0 if decision.log_hazard is None else decision.log_hazard,
             delivered=delivered,
-            bundle=self.bundle.hash,
+            bundle=self._made_by,
             at=time.time(),
         )
+        records = [record]
+        if not delivered and turn.withheld < COUNTED:
+            key = _withheld_key(turn.parent, turn.withheld + 1)
+            records.append(record.model_copy(update={"key": key}))
         try:
-            self.ledger.write([record])
-            if self.policy.expiry is not None and time.monotonic() - self._swept >= _SWEEP:
-                self._swept = time.monotonic()
-                self.ledger.expire(record.at - self.policy.expiry)
+            self.ledger.write(records)
         except LedgerError as failure:
             failed: dict[str, object] = {"store_error": str(failure)}
             if decision.delivers and self.policy.on_store_down == "closed":
                 failed |= {"verdict": "BLOCK", "cause": "store"}
             return decision.model_copy(update=failed)
+        try:
+            self._sweep(record.at)
+        except LedgerError as failure:  # the turn itself is written down
+            return decision.model_copy(update={"store_error": str(failure)})
         return decision
+
+    def _sweep(self, now: float) -> None:
+        if self.policy.expiry is not None and time.monotonic() - self._swept >= _SWEEP:
+            self._swept = time.monotonic()
+            self.ledger.expire(now - self.policy.expiry)
 
     def _checked(self, record: TurnRecord | None, key: str) -> TurnRecord | None:
         """Return a record that this bundle wrote, None for another's; LedgerError if corrupted."""
-        if record is None or record.bundle != self.bundle.hash:
+        if record is None or record.bundle != self._made_by:
             return None
         belief, states = np.array(record.belief), self.model.chain.states + 1
         whole = belief.shape == (states,) and (belief >= 0).all()
@@ -323,3 +249,9 @@ class TurnGate:
                 "restore the store, or remove the conversation"
             )
         return record
+
+
+def _withheld_key(parent: str, number: int) -> str:
+    """Key under which the withheld response of this number behind ``parent`` is counted."""
+    # No JSON, and so never the text that `turn_key` hashes.
+    return hashlib.sha256(f"withheld/{parent}/{number}".encode()).hexdigest()

@@ -14,17 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from midstream import testbed
-from midstream.agents.action_gate import (
-    ActionGate,
-    Decision,
-    GateVerdict,
-    MalformedCall,
-    check_calls,
-)
-from midstream.agents.call_text import Phrases, fold, host_of, secret_in, words, words_of_name
+from midstream.agents.action_gate import ActionGate, check_calls
+from midstream.agents.decisions import Decision, GateVerdict, MalformedCall
 from midstream.agents.gate_rules import GateRules, GateRulesError
+from midstream.agents.phrases import Phrases
+from midstream.agents.places import host_of
 from midstream.agents.rules import Rules
+from midstream.agents.secret_forms import secret_in
 from midstream.agents.steps import AgentTrace, Step, ToolCall
+from midstream.agents.text import fold, words, words_of_name
 from midstream.agents.voters import (
     EncoderVoter,
     ForecastVoter,
@@ -230,7 +228,7 @@ def test_calls_are_counted_per_tool_and_per_task() -> None:
         assert decision == session.decide(call)  # asking does not count
         assert decision.verdict is verdict
         session.ran(call)
-    assert (decision.rule, decision.remedy) == ("tools.find_vessel.calls", "2 per task")
+    assert (decision.rule, decision.remedy) == ("tools.find_*.calls", "2 per task")
     session.ran(call)
     other = session.decide(ToolCall(tool="save"))
     assert (other.rule, other.matched) == ("calls", "4 calls were made")

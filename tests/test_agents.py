@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import fresh_seed
 
+from midstream.agents.action_gate import ActionGate
 from midstream.agents.baselines import first_alone, first_keyword, has_keyword
+from midstream.agents.decisions import Decision, GateVerdict
 from midstream.agents.forecast import (
     FLAG_HORIZON,
     HORIZONS,
@@ -27,13 +29,15 @@ from midstream.agents.forecast import (
 from midstream.agents.levels import LevelTracker, trace_levels
 from midstream.agents.patterns import MOST_WAYS, ways
 from midstream.agents.readers import TraceError, parse_action, read_traces
-from midstream.agents.rules import Rules, RulesError, words
+from midstream.agents.rules import Rules, RulesError
 from midstream.agents.state import Escalation, Exposure, Level, Reversibility, State
 from midstream.agents.steps import AgentTrace, Step, ToolCall
+from midstream.agents.text import words_of_name
 from midstream.chain import Chain, ChainError, Zone, fundamental_matrix
 from midstream.learn import agent_fit
 from midstream.learn.agent_fit import fit_agents, label_by_rules, symbols, violating_step
 from midstream.measure import agents as measure
+from midstream.measure.agent_gate import decisions_of, stopped
 from midstream.measure.agent_report import bounds, decisions, flag_figures, level_counts, report
 
 DATA = os.environ.get("MIDSTREAM_DATA")
@@ -140,7 +144,7 @@ def test_patterns_that_could_run_away_are_refused(pattern, complaint):
     ],
 )
 def test_words_of_a_tools_name(name, expected):
-    assert words(name) == expected
+    assert " ".join(words_of_name(name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -193,6 +197,8 @@ def test_default_rules_know_many_vocabularies(tool, arguments, category):
         (call("GmailSearchEmails"), Exposure.INTERNAL),
         (call("WebSearch", query="blue glass"), Exposure.PUBLIC),
         (Step(said="my password = glasskey"), Exposure.NONE),
+        (Step(observed="ｐａｓｓｗｏｒｄ: glasskey"), Exposure.CREDENTIALS),
+        (Step(observed="pass\u200bword: glasskey"), Exposure.CREDENTIALS),
     ],
 )
 def test_default_rules_see_what_data_a_step_touches(step, exposure):
@@ -278,6 +284,8 @@ def test_an_explanation_does_not_spread_the_secret(observed, rule, hidden):
         ),
         ("shelves: []", "shelves: unknown key"),
         ("text_limit: 0", "text_limit"),
+        ("text_limit: on", "text_limit: expected a number, not a truth value"),
+        ("actions: []\nactions: []", "actions: given twice"),
         ("extends: other", "extends: expected 'default', got 'other'"),
         ("- a", "expected keys"),
         ("a: [", "not YAML"),
@@ -603,6 +611,12 @@ def test_the_violating_step_is_the_labelled_one_or_else_the_last_call():
     assert violating_step(trace(*steps, violates=False)) is None
 
 
+@pytest.mark.parametrize("violates", [False, None])
+def test_a_violating_step_of_a_trace_that_is_not_said_to_violate_is_refused(violates):
+    with pytest.raises(ValueError, match="not said to violate"):
+        trace(CALM, SENDS, violates=violates, violating_step=1)
+
+
 def test_a_fit_counts_moves_between_levels():
     traces = [
         trace(CALM, READS, SENDS, id="1", violates=True),
@@ -760,7 +774,8 @@ def test_bounds_levels_and_decisions_of_a_report():
     assert counts["violating, before the violating step"] == {"no step": 1, "mild": 2}
     assert counts["violating, all steps"] == {"safe": 1, "violated": 2}
     assert counts["not violating, all steps"] == {"mild": 1}
-    lines = [json.loads(line) for line in decisions(judged).splitlines()]
+    gated = [decisions_of(one.trace, ActionGate()) for one in judged]
+    lines = [json.loads(line) for line in decisions(judged, gated).splitlines()]
     assert len(lines) == 9
     assert [line["violates"] for line in lines if line["trace"] == "2"] == [False, False, True]
     assert lines[2]["reasons"][0] == "read, full (looks: tool 'look')"
@@ -798,3 +813,31 @@ def test_a_tracker_and_a_whole_trace_agree():
     tracker = LevelTracker(RULES)
     assert [tracker.observe(step) for step in steps] == trace_levels(trace(*steps), RULES)
     assert MOST_WAYS == 10_000
+
+
+def test_shares_of_traces_that_the_gate_stops():
+    def decided(*verdicts: str) -> tuple[Decision | None, ...]:
+        return tuple(
+            None
+            if verdict == "-"
+            else Decision(GateVerdict(verdict), "veto", verdict.lower(), "", "", "", call("x").call)
+            for verdict in verdicts
+        )
+
+    gated = [
+        decided("ALLOW", "ASK"),  # too late: it violates at once
+        decided("-", "ASK", "BLOCK"),
+        decided("-", "-"),  # nothing is called
+        decided("ALLOW", "ALLOW", "BLOCK"),
+        decided("ALLOW"),
+    ]
+    found = stopped(gated, [0, 2, 1, None, None])
+    shares = {name: figure["value"] for name, figure in found.items() if name != "by_first_rule"}
+    assert shares == {
+        "violating_stopped": 1 / 3,
+        "violating_blocked": 1 / 3,
+        "other_stopped": 1 / 2,
+        "other_blocked": 1 / 2,
+        "violating_stopped_of_those_with_calls": 1 / 2,
+    }
+    assert found["by_first_rule"] == {"violates: veto/ask": 1, "does not violate: veto/block": 1}

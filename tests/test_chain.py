@@ -395,7 +395,10 @@ def test_counts_with_a_prior():
     np.testing.assert_allclose(
         chain.transition, [[13 / 36, 19 / 36, 4 / 36], [13 / 30, 7 / 30, 10 / 30], [0, 0, 1]]
     )
-    np.testing.assert_allclose(chain.ending, [2.5 / 7, 1.5 / 5, 2.5 / 4])
+    # of the tokens of both states one was a last one and five were not
+    share = 1.5 / 7
+    ending = [(1 + 3 * share) / 7, 3 * share / 5, (1 + 3 * share) / 4]
+    np.testing.assert_allclose(chain.ending, ending)
     np.testing.assert_allclose(chain.emission, [[1, 0], [0, 1], [1.5 / 4, 2.5 / 4]])
     np.testing.assert_allclose(chain.prior, [4 / 6, 1 / 6, 1 / 6])
     np.testing.assert_allclose(chain.prompt_emission, [[3.5 / 6, 2.5 / 6], [0.5, 0.5], [0.5, 0.5]])

@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from midstream.chain import Chain, ChainError
 from midstream.cli import app
 from midstream.learn.chains.counts import fit_by_counts
-from midstream.learn.chains.fit import FitReport
+from midstream.learn.chains.fit import fit_streams
 from midstream.learn.chains.observed import observe
-from midstream.measure.chain_forecast import cumulative_incidence, new_violations, served_risks
+from midstream.learn.chains.report import FitReport
+from midstream.learn.chains.symbols import SymbolStream
+from midstream.measure.chain_scores import cumulative_incidence, new_violations, served_risks
 from midstream.measure.halting import NEVER, Truth
+from midstream.measure.outcomes import MeasureError
 from midstream.measure.recording import RecordingError
 from midstream.measure.rejudge import rejudge
 
@@ -130,6 +133,53 @@ def test_observed_evidence_is_that_of_the_kernels(case):
     assert compared > 30
 
 
+def test_tokens_that_are_not_in_the_recording_have_the_evidence_of_the_one_before(case):
+    _, bundle, recording = case
+    observed, gaps = observe(recording, bundle, [HAZARD]), 0
+    for stream, e in zip(observed.streams, observed.index, strict=True):
+        rows = np.arange(recording.starts[e], recording.starts[e + 1])
+        position = recording.position[rows] - recording.prompt_tokens[e]
+        position = position[position >= 0] - position[position >= 0][0]
+        assert len(stream.log_hazard) == position[-1] + 1
+        for gap in np.setdiff1d(np.arange(position[-1]), position):
+            assert stream.log_hazard[gap] == stream.log_hazard[gap - 1]
+            assert stream.violated[gap] == stream.violated[gap - 1]
+            gaps += 1
+    assert gaps > 10
+
+
+def test_a_forecast_of_streams_that_are_all_safe(case):
+    folder, _, recording = case
+    calm = replace(
+        recording,
+        labels=np.minimum(recording.labels, 0),
+        response_labels=np.zeros_like(recording.response_labels),
+    )
+    calm.save(folder / "calm.parquet")
+    given = ["--recording", folder / "calm.parquet", "--bundle", folder / "bundle"]
+    found = json.loads(run("forecast", *given, "--out", folder / "said", "--json"))
+    assert (found["violating"], found["streams"]) == (0, len(recording))
+    assert set(found["first_passage"]["came_true"]) == {0.0}
+    with pytest.raises(ChainError, match="no response is known to show"):
+        run("fit", *given, "--out", folder / "x")
+
+
+def test_states_that_only_violated_streams_show_are_named_and_left_out(tmp_path):
+    def stream(bins, violated):
+        n = len(bins)
+        return SymbolStream(np.array(bins), np.arange(n) >= n - violated, None, ended=True)
+
+    streams = [stream([0, 1, 0], 0), stream([0, 1, 1, 3], 1)] * 9 + [stream([1, 3], 1)]
+    fit = fit_streams(streams, edges=[0.5, 1.5, 2.5], draws=100)
+    assert fit.report.never_seen == [2, 3]
+    for name, content in fit.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert json.loads(run("show", tmp_path, "--json"))["never_seen"] == [2, 3]
+    assert "states 2, 3 are left out" in " ".join(run("show", tmp_path).split())
+    with pytest.raises(MeasureError, match=r"no plot can be a \.foo"):
+        run("show", tmp_path, "--plot", tmp_path / "plot.foo")
+
+
 def test_incidence_against_hand_and_without_censoring():
     truths = [Truth(3, 1, True), Truth(2, NEVER, True), Truth(1, NEVER, False), Truth(4, 3, True)]
     # 4 at risk at 1; the stream of one token is cut off then; 3 at risk at 2, one violates;
@@ -187,6 +237,7 @@ def test_a_chain_that_is_never_absorbed_is_shown_all_the_same(tmp_path):
     )
     (tmp_path / "chain.json").write_text(chain.to_json())
     assert "[1] are never left" in " ".join(run("show", tmp_path).split())
-    found = json.loads(run("show", tmp_path, "--json"))
-    assert found["zones"] is None
+    found = json.loads(run("show", tmp_path, "--horizon", 1, "--horizon", 32, "--json"))
+    assert found["zones"] == ["point of no return", "safe"]  # within 32, which is finite
+    assert found["points_of_no_return"] == [0]
     assert found["risk"]["1"]["value"] == [pytest.approx(0.1), 0, 1]

@@ -17,7 +17,7 @@ from midstream.learn.chains.counts import (
     fit_by_counts,
     fit_symbols_by_counts,
 )
-from midstream.learn.chains.fit import FitReport, category_file, fit_streams
+from midstream.learn.chains.fit import fit_streams
 from midstream.learn.chains.intervals import (
     risk_intervals,
     sample_chains,
@@ -25,6 +25,7 @@ from midstream.learn.chains.intervals import (
     wilson,
 )
 from midstream.learn.chains.order import order_test
+from midstream.learn.chains.report import FitReport, category_file
 from midstream.learn.chains.symbols import SymbolStream
 
 
@@ -243,7 +244,7 @@ def test_the_concentration_of_rows_that_were_drawn_with_one_is_found():
         found = best_concentration(counts, np.broadcast_to(center, counts.shape))
         assert found == pytest.approx(concentration, rel=0.3)
     alike = rng.multinomial(50, center, 400).astype(float)
-    assert best_concentration(alike, np.broadcast_to(center, alike.shape)) > 1000
+    assert best_concentration(alike, np.broadcast_to(center, alike.shape)) > 200
 
 
 def test_shrinkage_beats_both_the_pooled_and_the_raw_chains_on_new_streams():

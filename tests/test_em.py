@@ -12,7 +12,7 @@ from kernel_cases import fresh_seed
 from plain_filter import PlainStream, logit_in_bin, random_chain
 
 from midstream.chain import Chain, ChainError
-from midstream.learn.chains import em, em_steps, filtering
+from midstream.learn.chains import em, em_steps, packing
 from midstream.learn.chains.choice import choose_states
 from midstream.learn.chains.em import LikelihoodDecreasedError, fit_em
 from midstream.learn.chains.filtering import (
@@ -20,10 +20,10 @@ from midstream.learn.chains.filtering import (
     as_served,
     forecasts,
     log_likelihood,
-    pack,
     posteriors,
     smooth,
 )
+from midstream.learn.chains.packing import pack
 from midstream.learn.chains.symbols import SymbolStream
 from midstream.policy import Thresholds
 from midstream.testbed import grammar
@@ -169,7 +169,7 @@ def test_packing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [log_likelihood(chain, [stream])[0] for stream in streams]
     curves = [forecasts(chain, [stream], (3,))[0] for stream in streams]
     for size in (1, 50, 1 << 20):
-        monkeypatch.setattr(filtering, "_PART_TOKENS", size)
+        monkeypatch.setattr(packing, "_PART_TOKENS", size)
         np.testing.assert_allclose(log_likelihood(chain, streams), alone, rtol=1e-12)
         for one, curve in zip(forecasts(chain, streams, (3,)), curves, strict=True):
             np.testing.assert_allclose(one, curve, rtol=1e-12)

@@ -18,7 +18,7 @@ from midstream.chain import ChainError
 from midstream.cli import app
 from midstream.engines.hf.scoring import GivenTokens, feed
 from midstream.learn.guarantee import GuaranteeError
-from midstream.learn.turn_fit import LabelledTurns, carry_of, edges_of, fit_turns
+from midstream.learn.turn_fit import LabelledTurns, _until_target, carry_of, edges_of, fit_turns
 from midstream.learn.turn_gate_fit import fit_gate
 from midstream.measure.conversations import Conversation, ConversationError, read_conversations
 from midstream.measure.turn_replay import BASELINES, Scored, baseline_scores
@@ -77,6 +77,7 @@ def test_rows_of_every_layout(tmp_path: Path) -> None:
         ({"messages": [SAID], "harmful": "yes"}, "true or false"),
         ({"messages": ["b"]}, "line 1: expected messages"),
         ({"text": "b"}, "line 1: expected messages"),
+        ({"messages": [{"role": "assistant", "content": 5}]}, "line 1: content: expected a list"),
         ([1], "expected an object"),
     ],
 )
@@ -190,6 +191,14 @@ def test_what_cannot_be_fitted() -> None:
         fit_turns([LabelledTurns([None], True, None)], states=2)
 
 
+def test_a_target_without_evidence_does_not_pass_to_the_turn_before() -> None:
+    seen = LabelledTurns([0.1, None], True, 2)
+    assert _until_target(seen) == LabelledTurns([0.1], True, None)
+    assert _until_target(LabelledTurns([None, 0.1, 5.0, 0.2], True, 3)) == LabelledTurns(
+        [0.1, 5.0], True, 3
+    )
+
+
 def test_a_threshold_stands_in_the_middle_of_the_best() -> None:
     talks = [
         Conversation(str(n), (SAID,) * 3, harmful, 2 if harmful else None)
@@ -275,8 +284,23 @@ def test_fit_and_replay_on_the_testbed(talks: Path, fitted: Any) -> None:
     assert len(blocked) == metrics["conversations_blocked"]
     for name in ("risk.svg", "thresholds.svg", "timing.svg"):
         assert (out / name).read_bytes().startswith(b"<?xml")
+    assert any("fitted on a file of this name" in limit for limit in metrics["limits"])
     again = CliRunner().invoke(app, ["gate", "replay", "--data", str(talks), "--out", str(out)])
     assert isinstance(again.exception, FileExistsError)
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_scored(
+    talks: Path, fitted: Any, tmp_path: Path
+) -> None:
+    for name, value in (("--blocked", 0), ("--blocked", 1), ("--confidence", 1.5)):
+        result = invoke("fit", "--data", talks, "--out", tmp_path / "b", name, value)
+        assert result.exit_code == 2
+        assert "between 0 and 1" in result.output
+    result = invoke("replay", "--data", talks, "--bundle", fitted[0], "--out", tmp_path / "r",
+                    "--ledger", "foo:bar")  # fmt: skip
+    assert result.exit_code == 2
+    assert "no ledger at 'foo:bar'" in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bound_on_blocks_needs_conversations_enough(talks: Path, fitted: Any) -> None:

@@ -359,6 +359,11 @@ def test_redis_without_its_client_names_the_extra(monkeypatch: pytest.MonkeyPatc
         open_ledger("redis://localhost:6379/0")
 
 
+def test_a_redis_database_is_a_number() -> None:
+    with pytest.raises(ValueError, match="no database 'turns', expected a number"):
+        open_ledger("redis://user:secret@localhost:1/turns")
+
+
 def test_a_timeout_must_be_one(path: Path) -> None:
     with pytest.raises(ValueError, match="timeout is 0"):
         open_ledger(str(path), timeout=0)
@@ -488,14 +493,17 @@ def test_a_locked_store_fails_in_time_and_recovers(path: Path) -> None:
 
 def test_threads_do_not_wait_behind_each_other_for_ever(path: Path) -> None:
     ledger = SQLiteLedger(path, timeout=0.1)
-    with ledger._reading, ledger._writing:
-        for operation in (
-            lambda: ledger.read(A, []),
-            lambda: ledger.write([record(A)]),
-            lambda: ledger.expire(0.0),
-        ):
-            with pytest.raises(LedgerError, match="other threads have waited for it too long"):
-                operation()
+    for turns in (ledger._reading, ledger._writing):
+        turns.take()
+    for operation in (
+        lambda: ledger.read(A, []),
+        lambda: ledger.write([record(A)]),
+        lambda: ledger.expire(0.0),
+    ):
+        with pytest.raises(LedgerError, match="other threads have waited for it too long"):
+            operation()
+    for turns in (ledger._reading, ledger._writing):
+        turns.pass_on()
     assert ledger.write([record(B)]) == [True]
 
 
@@ -711,8 +719,8 @@ def test_redis_takes_one_round_trip(in_redis: RedisLedger, server: RedisServer) 
     in_redis.write([record(A, 2), record(B, 1)])
     in_redis.read(A, [key_named(A, 1), key_named(A, 2)])
     calls = client.info("stats")["total_commands_processed"] - before
-    # EVALSHA with TIME and two HSETNX and ZADD, HMGET, and one INFO.
-    assert calls == 1 + 5 + 1 + 1
+    # EVALSHA with TIME and two HEXISTS, ZADD and HSET, HMGET, and one INFO.
+    assert calls == 1 + 7 + 1 + 1
 
 
 @needs_redis
@@ -731,6 +739,13 @@ def test_redis_in_bad_hands(in_redis: RedisLedger) -> None:
         with pytest.raises(LedgerError, match=r"WRONGTYPE.*give the ledger a database of its own"):
             operation()
     client.delete(name)
+    ages = f"{name.decode().removesuffix(A)}ages"
+    client.set(ages, "text")
+    with pytest.raises(LedgerError, match=r"cannot write: .*WRONGTYPE"):
+        in_redis.write([one])
+    client.delete(ages)
+    assert in_redis.write([one]) == [True], "a turn without an age would never expire"
+    assert in_redis.expire(time.time() + 1) == 1
     client.config_set("maxmemory", 1)
     try:
         with pytest.raises(LedgerError, match="raise the server's maxmemory"):

@@ -152,6 +152,18 @@ def test_what_cannot_be_recorded_is_refused():
         record(toy.new_model(num_hidden_layers=1), toy.tokenizer(), [one], toy.bundle())
 
 
+def test_labels_of_other_hazards_alone_are_refused(tmp_path):
+    """Complete spans of another hazard would make every token free of ours."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "w5 bad w6", "spans": [[3, 6]]}))
+    arguments = (toy.model(), toy.tokenizer(), toy.bundle())
+    with pytest.raises(RecordingError, match=r"labels of 'worse', and the bundle .* 'badness'"):
+        record_file(tmp_path / "data.jsonl", tmp_path / "trace", *arguments, hazard="worse")
+    assert not (tmp_path / "trace").exists()
+    span = Span(start=3, end=6, hazard="worse")
+    ours = Example(id="a", response="w5 bad", spans=(span,), labels={"badness": False})
+    assert record(*arguments[:2], [ours], arguments[2]).response_labels.tolist() == [[0]]
+
+
 def test_the_command_records_a_file(tmp_path):
     rows = [
         {"id": "a", "text": "w5 bad w6", "spans": [[3, 6]], "source": "x"},

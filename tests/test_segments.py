@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -275,11 +276,13 @@ def test_evidence_and_belief_start_afresh(rule: Any, prompt: str) -> None:
     assert whole.scored == start + 10, "the prompt's tokens count, but in no segment"
 
 
-def test_the_prompt_may_be_the_riskiest_place() -> None:
+@pytest.mark.parametrize("row", [[12, THINK, 13], [THINK, 12, ANSWERS, 13]])
+def test_the_prompt_may_be_the_riskiest_place(row: list[int]) -> None:
+    """Its risk is none of the answer's, also where the response begins with a segment."""
     bundle = toy.bundle(segments=SEGMENTS, tiers=NEVER)
     suspicious = bundle.chain.model_copy(update={"prior": [0.4, 0.6]})
     monitor = Monitor(dataclasses.replace(bundle, chain=suspicious), rows=64)
-    [report] = generated(monitor, [[12, THINK, 13]])
+    [report] = generated(monitor, [[*row, 14]])
     assert report.peak == pytest.approx(0.6, abs=1e-3)
     assert all(part.peak < 0.01 for part in report.segments.values())
 
@@ -357,3 +360,139 @@ def test_a_stream_knows_its_segments_and_slots_forget_them() -> None:
 def test_without_response_there_is_no_segment() -> None:
     monitor = toy.monitor(segments=SEGMENTS)
     assert monitor.retire(monitor.admit("s", 3)).segments == {}
+
+
+# -- against plain arithmetic ----------------------------------------------------------------------
+
+REMEMBERS = FINE.model_copy(update={"prompt_emission": [[1.0]] * 3, "prompt_edges": []})
+HELD = {
+    "answer": Thresholds(horizon=0, halt_at=0.97, hold_at=0.3, release_at=0.2),
+    "reasoning": Thresholds(horizon=0, halt_at=0.99, hold_at=0.5, release_at=0.4),
+}
+HOLDING = {
+    "tiers": {"moderate": HELD["answer"]},
+    "segments": {
+        "reasoning": Segment(
+            opens=[[THINK]], closes=[[ANSWERS]], tiers={"moderate": HELD["reasoning"]}
+        ),
+        "tool_call": Segment(opens=[CALL], closes=[[CALLED]]),
+    },
+}
+
+
+def holding_monitor() -> Monitor:
+    return Monitor(
+        dataclasses.replace(toy.bundle(**HOLDING), chain=REMEMBERS), slots=8, rows=64, trace=64
+    )
+
+
+def plain_verdicts(inside: str, row: list[int]) -> tuple[list[float], list[str], dict[str, float]]:
+    """Risk and verdict after each token, and the peak of each segment."""
+    step = (1 - np.array(REMEMBERS.ending))[:, None] * np.array(REMEMBERS.transition)
+    begin = np.array(REMEMBERS.prior)
+    opened = {"answer": [], "reasoning": [THINK], "tool_call": CALL}[inside]
+    names = plain_reader(HOLDING["segments"], [*opened, *row])[len(opened) :]
+    belief, verdict, before = begin, "CONTINUE", "answer"
+    risks, verdicts, peaks = [], [], dict.fromkeys(names, 0.0)
+    for name, token in zip(names, row, strict=True):
+        if name != before and verdict != "HOLD":
+            belief = begin
+        before, at = name, HELD.get(name, HELD["answer"])
+        belief = belief @ step * np.array(REMEMBERS.emission)[:, 3 if token == BAD else 0]
+        belief = belief / belief.sum()
+        risks.append(belief[-1])
+        peaks[name] = max(peaks[name], risks[-1])
+        level = at.release_at if verdict == "HOLD" else at.hold_at
+        if verdict != "HALT":
+            verdict = "HOLD" if risks[-1] >= level else "CONTINUE"
+            verdict = "HALT" if risks[-1] >= at.halt_at else verdict
+        verdicts.append(verdict)
+    return risks, verdicts, peaks
+
+
+written_row = st.lists(
+    st.one_of(st.sampled_from([BAD, BAD, THINK, ANSWERS, *CALL, CALLED]), st.integers(10, 13)),
+    min_size=1,
+    max_size=16,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(written_row, min_size=1, max_size=3), st.sampled_from(["answer", "reasoning"]))
+def test_generate_and_given_texts_agree_with_plain_arithmetic(
+    rows: list[list[int]], inside: str
+) -> None:
+    """Nested, unclosed and split markers, rows of different lengths, holds across segments."""
+    from midstream.engines.hf.scoring import GivenTokens, feed
+
+    prompt = "w10 w11" if inside == "answer" else "w10 w5"
+    monitor = holding_monitor()
+    loops = generated(monitor, [[*row, 14] for row in rows], prompt, enforce=False)
+    start = toy.tokenizer()(prompt)["input_ids"]
+    given_rows = [
+        GivenTokens("", [*start, *row], [True] * (len(start) + len(row)), len(start))
+        for row in rows
+    ]
+    fed = feed(toy.model(), given_rows, monitor)
+    for row, loop, whole in zip(rows, loops, fed, strict=True):
+        risks, verdicts, peaks = plain_verdicts(inside, row)
+        for report in (loop, whole):
+            trace = report.trace
+            here = slice(len(start), len(start) + len(row))
+            np.testing.assert_allclose(trace.risk[here], risks, rtol=1e-4)
+            assert trace.verdict[here] == verdicts
+        assert {n: part.peak for n, part in whole.segments.items()} == pytest.approx(
+            peaks, rel=1e-4
+        )
+        counted = {n: (part.scored, part.unscored) for n, part in whole.segments.items()}
+        assert counted == {n: (c, 0) for n, c in counts_of(inside, row).items()}
+
+
+def counts_of(inside: str, row: list[int]) -> Counter[str]:
+    opened = [THINK] if inside == "reasoning" else []
+    return Counter(plain_reader(HOLDING["segments"], [*opened, *row])[len(opened) :])
+
+
+def test_a_marker_does_not_let_go_what_is_held() -> None:
+    """Suspicion that has not fallen goes into the next segment along with what it holds."""
+    suspicious = [THINK, BAD, BAD, BAD, BAD, ANSWERS, 12]
+    [report] = generated(holding_monitor(), [[*suspicious, 13]])
+    first = report.prompt_tokens
+    assert report.trace.verdict[first + 2 : first + 7] == ["HOLD"] * 5
+    [calmed] = generated(holding_monitor(), [[*suspicious, *[12] * 12]])
+    assert calmed.verdict == "CONTINUE"
+
+
+class Spoken:
+    """A tokenizer whose ids of 20 and above are white space; counts what it decodes."""
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded += ids
+        return "\n" if ids[0] >= 20 else "x"
+
+
+def test_only_the_end_of_a_prompt_is_decoded() -> None:
+    """Not the vocabulary, in every attachment."""
+    segments = {"reasoning": Segment(opens=[[THINK]], closes=[[6]])}
+    tokenizer = Spoken()
+    reader = SegmentReader.of(toy.policy(segments=segments), tokenizer)
+    assert not tokenizer.decoded
+    for _ in range(2):
+        assert reader.read(reader.start([9, THINK, 20, 21, 20]), [10]).tolist() == [1]
+    assert sorted(tokenizer.decoded) == [THINK, 20, 21]
+
+
+def test_tables_stay_where_a_captured_graph_reads_them() -> None:
+    monitor = toy.monitor(segments=SEGMENTS)
+    table = monitor.segments
+    assert table is not None
+    monitor.recognise_segments(toy.tokenizer())
+    places = [t.data_ptr() for t in (table._step, table._segment_of, table._token_class)]
+    monitor.recognise_segments(toy.tokenizer())
+    assert [t.data_ptr() for t in (table._step, table._segment_of, table._token_class)] == places
+    reader = SegmentReader.of(toy.policy(segments={"a": SEGMENTS["tool_call"]}))
+    table.recognise(reader)
+    assert table._step.shape == reader.step.shape

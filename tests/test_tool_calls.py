@@ -9,19 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midstream.agents import tool_calls
-from midstream.agents.action_gate import ActionGate, GateVerdict, MalformedCall
+from midstream.agents import call_json
+from midstream.agents.action_gate import ActionGate
+from midstream.agents.call_chunks import DeltaScanner
+from midstream.agents.call_json import CallError, Found, parse_object
+from midstream.agents.decisions import GateVerdict, MalformedCall
 from midstream.agents.gate_rules import GateRules
+from midstream.agents.gated_calls import GatedToolCalls
 from midstream.agents.steps import ToolCall
 from midstream.agents.tool_calls import (
     FORMATS,
-    CallError,
     CallFormat,
-    DeltaScanner,
-    Found,
-    GatedToolCalls,
     ToolCallScanner,
-    parse_object,
 )
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -147,7 +146,7 @@ def test_what_is_no_call(text: str, reason: str) -> None:
 def test_a_call_too_long_is_given_up_at_its_limit_and_the_next_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tool_calls, "MOST_CHARACTERS", 40)
+    monkeypatch.setattr(call_json, "MOST_CHARACTERS", 40)
     body = '{"name":"a","arguments":{"x":"' + "y" * 100
     text = f'<tool_call>{body}"}}}}<tool_call>{{"name":"b","arguments":{{}}}}'
     for cuts in ((), range(1, len(text)), (11, 50, 52)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from midstream import testbed
 from midstream.bundle import Bundle
 from midstream.engines.hf import stream
 from midstream.engines.hf.checks import UnsupportedGenerationError
+from midstream.evidence import Mean
 from midstream.kernels.tables import Verdict
 from midstream.ledger.memory import MemoryLedger
 from midstream.monitor import Monitor
@@ -96,7 +99,8 @@ def test_the_evidence_is_the_peak_detect_risk_whatever_the_tier_looks_ahead_to()
             risks.append(plain.risk)
         report = report_of(Monitor(bundle, slots=1, trace=32), logits)
         found = TurnEvidence(bundle).log_hazard(report)
-        assert found == pytest.approx(-math.log(1 - max(risks)), rel=1e-4, abs=1e-6)
+        assert found is not None
+        assert math.exp(-found) == pytest.approx(1 - max(risks), rel=1e-5, abs=5e-7)  # p is fp32
 
 
 def test_a_prior_that_was_carried_over_is_no_evidence() -> None:
@@ -127,6 +131,70 @@ def test_reports_the_evidence_cannot_be_read_from() -> None:
     other = toy.monitor(hold_back=3)
     with pytest.raises(TurnEvidenceError, match="the same bundle"):
         evidence.log_hazard(report_of(other, [-20.0]))
+
+
+def reads_prompts() -> Bundle:
+    """The toy's bundle, and a probe of prompts whose evidence the token chain weighs in."""
+    probes = [
+        toy.detector(toy.model()),
+        toy.detector(toy.model(), name="p", reads="prompt", evidence=Mean(window=8)),
+    ]
+    bundle = toy.bundle(probes=probes)
+    doubtful = bundle.chain.model_copy(update={"prior": [0.5, 0.5]})
+    turns = TurnPolicy(block_at=0.5)
+    policy = bundle.policy.model_copy(update={"turns": turns})
+    return replace(bundle, chain=doubtful, policy=policy).with_turns(two_seals())
+
+
+def test_prompt_evidence_that_fell_out_of_the_trace_is_missed() -> None:
+    bundle = reads_prompts()
+    evidence, found = TurnEvidence(bundle), {}
+    for alarming in (-20.0, 400.0):
+        for trace in (11, 8):
+            monitor = Monitor(bundle, slots=1, rows=16, trace=trace)
+            slot = monitor.admit("s", 8)
+            monitor._logits[:11] = -20.0
+            monitor._logits[0, 1] = alarming
+            monitor._set_rows(11)
+            slots = torch.full((11,), slot, dtype=torch.int32)
+            monitor.advance(slots, torch.arange(11, dtype=torch.int32))
+            report = monitor.retire(slot)
+            if trace == 8:
+                with pytest.raises(TurnEvidenceError, match="longest prompt and response together"):
+                    evidence.log_hazard(report)
+            else:
+                found[alarming] = evidence.log_hazard(report)
+                seen = max(report.trace.risk[8:])
+                assert found[alarming] == pytest.approx(-math.log(1 - seen), rel=1e-3)
+    assert found[400.0] > 2 * found[-20.0]
+
+
+def test_segments_do_not_enter_the_evidence() -> None:
+    """Belief restarts in a segment; a turn's evidence is that of the response as one."""
+    parts = {"reasoning": {"opens": [[5]], "closes": [[6]]}}
+    found = []
+    for monitor in (toy.monitor(), toy.monitor(segments=parts)):
+        slot = monitor.admit("s", 1)
+        for at, logit in enumerate([-20.0, -20.0, 20.0, -20.0, -20.0]):
+            if at == 3 and monitor.segments is not None:
+                monitor.enter_segment(slot, "reasoning")
+            monitor._set_rows(1)
+            monitor._logits[0] = logit
+            index = torch.tensor([slot], dtype=torch.int32)
+            monitor.advance(index, torch.tensor([at], dtype=torch.int32))
+        found.append(TurnEvidence(monitor.bundle).log_hazard(monitor.retire(slot)))
+    assert found[0] == found[1]
+    assert found[0] is not None
+
+
+def test_the_evidence_of_the_beginning_of_a_response() -> None:
+    logits = np.random.default_rng(fresh_seed()).normal(0, 2, 9).tolist()
+    monitor = toy.monitor()
+    evidence = TurnEvidence(monitor.bundle)
+    whole = report_of(monitor, logits, prompt=3)
+    for tokens in range(1, 10):
+        part = evidence.log_hazard(report_of(monitor, logits[:tokens], prompt=3))
+        assert evidence.log_hazard(whole, tokens) == part
 
 
 def test_no_token_is_no_harm_and_no_score_is_no_evidence() -> None:
@@ -288,6 +356,57 @@ def test_a_blocked_tail_is_known_by_its_head() -> None:
     assert pair[1].open("c", asks("w7", head, "w8")).unseen == 0
 
 
+def test_the_head_of_a_blocked_response_is_judged_as_what_the_client_has() -> None:
+    """The harm left before the gate was asked; the ledger must not say that it was withheld."""
+    pair = gated(hold=2)
+    first = text_of(run(pair, [*PAST, EOS], "w7", max_new_tokens=9, enforce=False))
+    said = ["w7", first, "w8"]
+    second = run(pair, [BAD, 9, 8, 7, 6, EOS], *said, max_new_tokens=9)
+    assert types(second)[-2:] == ["halted", "finished"]
+    head = text_of(second)
+    assert head.startswith(words(BAD, 9))
+    turn = pair[1].open("c", asks(*said, head, "w9"))
+    assert (turn.unseen, int(turn.belief.argmax())) == (0, turn_cases.COMPLETE)
+    assert pair[1].open("c", asks(*said)).withheld == 1
+    # where the bad word waits with the tail, what left is harmless
+    pair = gated(hold=3)
+    run(pair, [*PAST, EOS], "w7", max_new_tokens=9, enforce=False)
+    head = text_of(run(pair, [9, 8, 7, BAD, 6, EOS], *said, max_new_tokens=9))
+    assert head == words(9, 8)
+    turn = pair[1].open("c", asks(*said, head, "w9"))
+    assert (turn.unseen, int(turn.belief.argmax())) == (0, turn_cases.LOOSENED)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_client_that_leaves_before_the_gate_is_asked_is_not_forgotten(fails: bool) -> None:
+    class Breaks(Writer):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] > 40:
+                raise RuntimeError("the generation failed")
+            return super().__call__(input_ids, scores)
+
+    bundle = turn_cases.bundle(hold=1)
+    pair = Monitor(bundle, slots=1, rows=64, trace=64), TurnGate(bundle, MemoryLedger())
+    tokens = [BAD, *([9] * 50)]
+    writer = Breaks(tokens) if fails else Writer(tokens)
+    events = stream(
+        toy.model(), toy.tokenizer(), asks("w7"), pair[0], gate=pair[1], conversation="c",
+        logits_processor=[writer], max_new_tokens=50,
+    )  # fmt: skip
+    given = ""
+    failed = pytest.raises(RuntimeError, match="the generation failed")
+    with failed if fails else nullcontext():
+        for event in events:
+            given += event.text or ""
+            if not fails and len(given) > 12:
+                events.close()  # type: ignore[attr-defined]
+    assert given.startswith(words(BAD))
+    turn = pair[1].open("c", asks("w7", given, "w8"))
+    assert turn.unseen == 0
+    assert turn.belief[turn_cases.JUST_OPENED] + turn.belief[turn_cases.LOOSENED] > 0.9
+    assert pair[0].free_slots == 1
+
+
 def test_a_response_that_the_token_monitor_halts_is_withheld_and_written_down() -> None:
     pair = gated(halt_at=0.5)
     events = run(pair, [9, BAD, 9, EOS], "w7", max_new_tokens=9)
@@ -333,6 +452,14 @@ def test_what_a_gated_stream_needs() -> None:
     short = Monitor(pair[1].bundle, slots=1, trace=4)
     with pytest.raises(UnsupportedGenerationError, match="build it with trace=5"):
         run((short, pair[1]), [9] * 4, "w7")
+    prompts = reads_prompts()
+    for trace, works in ((5, False), (64, True)):
+        reader = Monitor(prompts, slots=1, rows=64, trace=trace), TurnGate(prompts, MemoryLedger())
+        if works:
+            assert types(run(reader, [9] * 4, "w7"))[-1] == "finished"
+        else:
+            with pytest.raises(UnsupportedGenerationError, match="reads prompts and whole"):
+                run(reader, [9] * 4, "w7")
     assert pair[0].free_slots == 4
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,13 @@ from turn_cases import (
 
 from midstream.bundle import Bundle, BundleError, CorruptBundleError
 from midstream.chain import Chain, ChainError
-from midstream.ledger.ledger import conversation_key
+from midstream.ledger.ledger import LedgerError, conversation_key
 from midstream.ledger.memory import MemoryLedger
-from midstream.policy import Policy, PolicyError, Thresholds
+from midstream.policy import OnHalt, Policy, PolicyError, Thresholds
+from midstream.turn_decision import COUNTED, TurnDecision
 from midstream.turn_history import History, HistoryError
 from midstream.turn_model import TurnModel
-from midstream.turns import TurnDecision, TurnGate
+from midstream.turns import TurnGate
 
 
 def random_model(seed: int, states: int = 3, bins: int = 4) -> TurnModel:
@@ -110,7 +113,7 @@ def test_order_of_evidence_matters_where_the_chain_moves_and_scale_never_does() 
     )
 
 
-@pytest.mark.parametrize("hazard", [-0.1, math.nan, -math.inf])
+@pytest.mark.parametrize("hazard", [-0.1, math.nan, -math.inf, math.inf])
 def test_a_log_hazard_is_no_negative_number(hazard: float) -> None:
     model = two_seals()
     with pytest.raises(ChainError, match="expected a number, 0 or more"):
@@ -137,9 +140,13 @@ def test_an_edit_changes_the_keys_from_there_on() -> None:
     assert not set(before[1:]) & set(after[1:])
 
 
-def test_a_system_prompt_and_roles_are_part_of_a_turn() -> None:
+def test_roles_are_part_of_a_turn_and_instructions_are_not() -> None:
     plain = asks("a", "b", "c")
-    assert History.of([{"role": "system", "content": "s"}, *plain]).keys != History.of(plain).keys
+    for role in ("system", "developer"):
+        today = {"role": role, "content": "Today is Monday."}
+        assert History.of([today, plain[0], today, *plain[1:], today]) == History.of(plain)
+    twice = [plain[0], plain[0], *plain[1:]]
+    assert History.of(twice).keys != History.of(plain).keys
     as_tool = [{**plain[0], "role": "tool"}, *plain[1:]]
     assert History.of(as_tool).keys != History.of(plain).keys
 
@@ -160,10 +167,40 @@ def test_a_tool_call_is_a_response_of_its_own() -> None:
     assert History.of(messages).keys != history.keys
 
 
-@pytest.mark.parametrize("messages", [[{"content": "no role"}], ["hello"], [{"role": 3}]])
-def test_what_is_no_history(messages: list[Any]) -> None:
-    with pytest.raises(HistoryError):
-        History.of(messages)
+def test_every_form_of_an_answer_has_a_key_of_its_own() -> None:
+    custom = {"id": "1", "type": "custom", "custom": {"name": "open", "input": "door"}}
+    forms: list[dict[str, Any]] = [
+        {"content": ""},
+        {"content": "open"},
+        {"content": [{"type": "text", "text": "shut"}]},
+        {"content": [{"type": "image_url", "image_url": {"url": "a"}}]},
+        {"content": None, "refusal": "I will not."},
+        {"content": None, "function_call": {"name": "open", "arguments": "{}"}},
+        {"content": None, "tool_calls": [custom]},
+        {"content": None, "tool_calls": [{**custom, "custom": {"name": "open", "input": "jar"}}]},
+    ]
+    keys = [History.of([{"role": "assistant", **form}]).keys for form in forms]
+    assert len(set(keys)) == len(forms)
+    again = {"role": "assistant", "content": None, "tool_calls": [{**custom, "id": "2"}]}
+    assert History.of([again]).keys == keys[-2]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "no role"},
+        "hello",
+        {"role": 3},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": {"text": "hello"}},
+        {"role": "assistant", "tool_calls": {"name": "open"}},
+        {"role": "assistant", "tool_calls": ["open"]},
+        {"role": "assistant", "tool_calls": [{"function": None}]},
+    ],
+)
+def test_what_is_no_history(message: Any) -> None:
+    with pytest.raises(HistoryError, match=r"messages\[1\]"):
+        History.of([{"role": "user", "content": None}, message])
 
 
 # --- a conversation -------------------------------------------------------------------------------
@@ -210,12 +247,12 @@ def test_the_gate_filters_as_the_model_does() -> None:
         assert (decision.unseen, decision.gap, decision.store_error) == (0, 0, None)
 
 
-def test_a_turn_takes_one_read_and_one_write_and_the_first_none() -> None:
+def test_a_turn_takes_one_read_and_one_write() -> None:
     ledger = CountingLedger()
     client = Client(TurnGate(turn_cases.bundle(), ledger))
     for n in range(1, 6):
         client.turn(QUIET)
-        assert (ledger.reads, ledger.writes) == (n - 1, n)
+        assert (ledger.reads, ledger.writes) == (n, n)
 
 
 def test_the_same_history_again_is_the_same_turn() -> None:
@@ -305,10 +342,43 @@ def test_records_of_another_bundle_are_unseen() -> None:
     ledger = MemoryLedger()
     client = Client(TurnGate(turn_cases.bundle(), ledger))
     client.turn(OPENS)
-    other = TurnGate(turn_cases.bundle(block_at=0.6), ledger)
+    harder = {"emission": [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.1, 0.9]]}
+    other = TurnGate(turn_cases.bundle(two_seals(chain=harder)), ledger)
     turn = other.open("c", asks(*client.said, "?"))
     assert (turn.unseen, turn.gap) == (1, 1)
     np.testing.assert_allclose(turn.belief, other.model.move(other.model.start))
+
+
+def test_another_threshold_or_date_forgets_no_conversation() -> None:
+    ledger, bundle = MemoryLedger(), turn_cases.bundle()
+    client = Client(TurnGate(bundle, ledger))
+    client.turn(OPENS)
+    stricter = turn_cases.bundle(block_at=0.6, halt_at=0.9, on_halt=OnHalt(message="No."))
+    for later in (stricter, replace(bundle, created=date(2031, 1, 1), notes={"by": "me"})):
+        assert later.hash != bundle.hash
+        turn = TurnGate(later, ledger).open("c", asks(*client.said, "?"))
+        assert turn.unseen == 0
+        assert tuple(turn.belief) == client.beliefs[0]
+
+
+def test_responses_that_were_withheld_are_counted_though_the_client_leaves_them_out() -> None:
+    ledger, bundle = MemoryLedger(), turn_cases.bundle()
+    gates = TurnGate(bundle, ledger), TurnGate(bundle, ledger)
+    client = Client(*gates)
+    client.turn(OPENS)
+    for n in range(COUNTED + 2):  # worded anew each time, and on another replica
+        gate = gates[n % 2]
+        turn = gate.open("c", asks(*client.said, f"again {n}"))
+        assert turn.withheld == min(n, COUNTED)
+        decision = gate.commit(turn, gate.judge(turn, OPENS), "withheld")
+        assert decision.cause == "risk"
+        assert gate.commit(turn, decision, "withheld") == decision  # counts once
+        told = f"withheld here before: {n}" if n < COUNTED else "before: 16 or more"
+        assert decision.explanation.endswith(told) == (n > 0)
+    turn = gates[0].open("c", asks(*client.said, "well"))
+    assert gates[0].commit(turn, gates[0].judge(turn, QUIET), "fine").withheld == COUNTED
+    assert gates[0].open("c", asks(*client.said, "well", "fine", "?")).withheld == 0
+    assert gates[0].open("d", asks(*client.said, "well")).withheld == 0
 
 
 def test_replicas_that_interleave_decide_as_one_gate_does() -> None:
@@ -423,6 +493,21 @@ def test_old_conversations_are_expired_now_and_then(monkeypatch: pytest.MonkeyPa
     client.turn(QUIET)
     assert len(expired) == 1
     assert expired[0] == pytest.approx(time.time() - 100, abs=5)
+
+
+def test_an_expiry_that_fails_withholds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ledger(MemoryLedger):
+        def expire(self, before: float) -> int:
+            raise LedgerError("ledger fake: cannot expire: nobody answers")
+
+    now = time.monotonic()
+    gate = TurnGate(turn_cases.bundle(), Ledger())
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
+    turn = gate.open("c", asks("a"))
+    decision = gate.commit(turn, gate.judge(turn, QUIET), "b")
+    assert decision.delivers
+    assert "cannot expire" in decision.explanation
+    assert gate.open("c", asks("a", "b", "c")).unseen == 0
 
 
 def test_a_turn_without_evidence_is_withheld_unless_unscored_tokens_pass() -> None:

@@ -8,95 +8,41 @@ clock, no chance: after the same events the same call gets the same verdict, and
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Literal
+from typing import NamedTuple
 
-from midstream.agents.call_text import (
-    FormError,
-    addresses,
-    read_arguments,
-    secret_in,
-    words,
-    words_of_name,
-)
-from midstream.agents.gate_rules import GateRules, GateRulesError, Role, ToolScope
-from midstream.agents.scope import Finding, outside_arguments, outside_places, scope_of
+from midstream.agents.call_text import CallText, FormError, read_arguments
+from midstream.agents.consensus import ask, settle, shown
+from midstream.agents.decisions import Decision, GateVerdict, MalformedCall
+from midstream.agents.gate_rules import GateRules, GateRulesError
+from midstream.agents.places import addresses, is_listed_host, is_listed_recipient
+from midstream.agents.roles import ToolScope
+from midstream.agents.scope import Finding, entry_of, outside_arguments, outside_places
+from midstream.agents.secret_forms import secret_in
 from midstream.agents.steps import AgentTrace, Step, ToolCall
 from midstream.agents.taint import Origins
-from midstream.agents.voters import Situation, Stance, Vote, Voter
+from midstream.agents.text import is_disguised, unquoted, words, words_of_name
+from midstream.agents.voters import Situation, Voter
 
 OBEYED_WORDS = 2
 """Words of a request in an observation that a call must repeat for the signal ``obeys``."""
 
 _LONGEST_NAME = 256
-_EVERYTHING = frozenset({"*", "**", "/", "/*", "~", "~/", "~/*", "*.*", "%", ".", "c:\\", "c:/"})
+_EVERYTHING = re.compile(r"(?:[a-z]:|~|\.)?(?:[/\\]|\*\.\*|\.?\*{1,2}|%)*")  # *, /, ~/, ./*, c:\, %
+_LONGEST_EVERYTHING = 12
+_SHELLS = frozenset({"run", "unknown"})  # effects of tools that may join quoted words
 
 
-class GateVerdict(StrEnum):
-    """What happens to a call, in ascending order of strictness."""
+class _Tool(NamedTuple):
+    """A tool as a role knows it: which of its entries fits, what it does, its name in words."""
 
-    ALLOW = "ALLOW"
-    ASK = "ASK"
-    BLOCK = "BLOCK"
-
-
-Stage = Literal["form", "scope", "veto", "consensus"]
-
-
-@dataclass(frozen=True)
-class MalformedCall:
-    """Text that set out to be a tool call and is none.
-
-    Attributes
-    ----------
-    reason : str
-        What is wrong, and where.
-    text : str
-        Its beginning.
-    """
-
-    reason: str
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A verdict with its explanation.
-
-    Attributes
-    ----------
-    verdict : GateVerdict
-    stage : {"form", "scope", "veto", "consensus"}
-        The stage that decided; ``form`` for what is no call at all.
-    rule : str
-    matched : str
-        What in the call (or before it) the rule found.
-    because, remedy : str
-        Why that matters, and what would make the call pass.
-    call : ToolCall or MalformedCall
-    votes : tuple of Vote
-        Of the voters, where it came to them.
-    """
-
-    verdict: GateVerdict
-    stage: Stage
-    rule: str
-    matched: str
-    because: str
-    remedy: str
-    call: ToolCall | MalformedCall
-    votes: tuple[Vote, ...] = ()
-
-    def __str__(self) -> str:
-        tool = self.call.tool if isinstance(self.call, ToolCall) else "malformed call"
-        text = f"{self.verdict} {tool}: {self.stage}/{self.rule}: {self.because}"
-        text += f" [{self.matched}]" if self.matched else ""
-        return text + (f". To pass: {self.remedy}" if self.remedy else "")
+    entry: str | None
+    scope: ToolScope | None
+    effects: frozenset[str]
+    name: str
 
 
 class ActionGate:
@@ -133,13 +79,13 @@ class ActionGate:
             raise GateRulesError(f"no role {name!r}; there are {there}")
         return GateSession(self, task, name)
 
-    def _about_tool(self, role: str, tool: str) -> tuple[ToolScope | None, frozenset[str], str]:
-        """Scope, effects and name in words of a tool."""
-        scope = scope_of(self.rules.roles[role], tool)
+    def _about_tool(self, role: str, tool: str) -> _Tool:
+        entry = entry_of(self.rules.roles[role], tool)
+        scope = None if entry is None else self.rules.roles[role].tools[entry]
         parts = words_of_name(tool)
         stated = None if scope is None else scope.effects
         effects = self.rules.effects_of(parts) if stated is None else frozenset(stated)
-        return scope, effects, " ".join(parts)
+        return _Tool(entry, scope, effects, " ".join(parts))
 
 
 class GateSession:
@@ -153,8 +99,9 @@ class GateSession:
         self._gate, self._rules = gate, gate.rules
         self._name, self._role = role, gate.rules.roles[role]
         self._task = task
-        self._steps: list[Step] = []
-        self._calls: Counter[str] = Counter()
+        self._steps: list[Step] = []  # for voters
+        self._observed: list[str] = []  # since the last of them
+        self._calls: Counter[str | None] = Counter()  # by entry of the role
         self._origins = Origins(
             gate._in_observations, gate._requests, self._rules.limits.remembered_words
         )
@@ -166,16 +113,26 @@ class GateSession:
         self._origins.trust(text)
 
     def observe(self, text: str) -> None:
-        """Take in what the last call gave back. Linear in the text."""
+        """Take in what the last call gave back, as a whole. Linear in the text."""
         self._origins.observe(text)
         if self._steps:
-            last = self._steps[-1]
-            self._steps[-1] = last.model_copy(update={"observed": last.observed + text})
+            self._observed.append(text)
 
     def ran(self, call: ToolCall) -> None:
         """Count a call that was made."""
-        self._calls[call.tool] += 1
-        self._steps.append(Step(call=call))
+        self._calls[self._gate._about(self._name, call.tool).entry] += 1
+        if self._gate.voters:
+            self._history()
+            self._steps.append(Step(call=call))
+
+    def _history(self) -> tuple[Step, ...]:
+        """Steps so far; what was observed since the last look belongs to the last of them."""
+        if self._observed:
+            last = self._steps[-1]
+            observed = "".join([last.observed, *self._observed])
+            self._steps[-1] = last.model_copy(update={"observed": observed})
+            self._observed.clear()
+        return tuple(self._steps)
 
     def decide(self, call: ToolCall | MalformedCall) -> Decision:
         """Judge a call before it runs. Never raises; linear in the length of the arguments."""
@@ -189,14 +146,14 @@ class GateSession:
             text = read_arguments(call.arguments, limits.characters, limits.depth, limits.values)
         except FormError as error:
             return _malformed(call, str(error))
-        scope, effects, name = self._gate._about(self._name, call.tool)
-        said = words(f"{name}\n{text.text}")
+        tool = self._gate._about(self._name, call.tool)
+        said = words(f"{tool.name}\n{text.text}")
         distinct = frozenset(said)
         hosts: list[str] = []
         recipients: list[str] = []
         if "@" in text.text or "://" in text.text:
             hosts, recipients = addresses(distinct)
-        finding = self._outside(call, scope, text.leaves, hosts, recipients)
+        finding = self._outside(call, tool, text.leaves, hosts, recipients)
         if finding is not None:
             return Decision(
                 GateVerdict.BLOCK,
@@ -207,12 +164,15 @@ class GateSession:
                 finding.remedy,
                 call,
             )
-        signals = dict.fromkeys(sorted(effects), f"tool {call.tool}")
+        signals = dict.fromkeys(sorted(tool.effects), f"tool {call.tool}")
+        if not _SHELLS.isdisjoint(tool.effects) and (joined := unquoted(text.text)) is not None:
+            as_shells = words(f"{tool.name}\n{joined}")
+            signals |= self._gate._in_calls.find(as_shells, frozenset(as_shells))
         signals |= self._gate._in_calls.find(said, distinct)
-        signals |= self._seen(text.text, text.leaves, distinct, hosts, recipients)
+        signals |= self._seen(text, distinct, hosts, recipients)
         for veto, alternatives in self._gate._vetoes:
             if all(not names.isdisjoint(signals) for names in alternatives):
-                matched = _matched(signals, frozenset().union(*alternatives))
+                matched = shown(signals, frozenset().union(*alternatives))
                 return Decision(
                     GateVerdict(veto.verdict),
                     "veto",
@@ -222,34 +182,33 @@ class GateSession:
                     veto.remedy,
                     call,
                 )
-        return self._consensus(call, signals, f"{name}: {text.text}")
+        return self._consensus(call, signals, f"{tool.name}: {text.text}")
 
     def _outside(
         self,
         call: ToolCall,
-        scope: ToolScope | None,
+        tool: _Tool,
         leaves: Sequence[str],
         hosts: Sequence[str],
         recipients: Sequence[str],
     ) -> Finding | None:
-        role = self._role
+        role, scope = self._role, tool.scope
         if scope is None:
             return Finding("tools", f"tool {call.tool}", f"one of {', '.join(role.tools)}")
         made = self._calls.total()
         if role.calls is not None and made >= role.calls:
             return Finding("calls", f"{made} calls were made", f"{role.calls} per task")
-        made = self._calls[call.tool]
+        made = self._calls[tool.entry]
         if scope.calls is not None and made >= scope.calls:
-            matched = f"{call.tool} was called {made} times"
-            return Finding(f"tools.{call.tool}.calls", matched, f"{scope.calls} per task")
+            matched = f"{tool.entry} was called {made} times"
+            return Finding(f"tools.{tool.entry}.calls", matched, f"{scope.calls} per task")
         return outside_arguments(scope, call.arguments) or outside_places(
             role, scope, call.arguments, leaves, hosts, recipients
         )
 
     def _seen(
         self,
-        text: str,
-        leaves: Sequence[str],
+        text: CallText,
         distinct: frozenset[str],
         hosts: Sequence[str],
         recipients: Sequence[str],
@@ -257,14 +216,18 @@ class GateSession:
         """Signals that are computed, with what gave each."""
         origins = self._origins
         found = dict(origins.raised)
-        secret = secret_in(text)
+        secret = secret_in(text.text)
         if secret is not None:
             found["secret"] = secret
-        bulk = next((leaf for leaf in leaves if leaf.strip().lower() in _EVERYTHING), None)
+        bulk = next((leaf for leaf in text.leaves if _is_everything(leaf)), None)
         if bulk is not None:
             found["bulk"] = bulk.strip()
-        for address in (*hosts, *recipients):
-            if address not in origins.trusted and not _listed(address, self._role):
+        role = self._role
+        for address, is_listed, listed in (
+            *((host, is_listed_host, role.hosts) for host in hosts),
+            *((recipient, is_listed_recipient, role.recipients) for recipient in recipients),
+        ):
+            if address not in origins.trusted and not is_listed(address, listed or ()):
                 found["foreign-address"] = address[:80]
                 break
         copied = (distinct & origins.copied) or (origins.copied & set(hosts))
@@ -278,31 +241,9 @@ class GateSession:
         return found
 
     def _consensus(self, call: ToolCall, signals: Mapping[str, str], action: str) -> Decision:
-        rules = self._rules.consensus
-        counted = {name: rules.weights[name] for name in signals if name in rules.weights}
-        score = sum(counted.values())
-        matched = _matched(signals, frozenset(counted))
-        history = tuple(self._steps) if self._gate.voters else ()
-        situation = Situation(self._task, self._role.about, history, call, action)
-        votes = tuple(_vote(voter, situation) for voter in self._gate.voters)
-        against = [vote for vote in votes if vote.stance is Stance.AGAINST]
-        in_favour = sum(vote.stance is Stance.FOR for vote in votes)
-        borderline = score >= rules.borderline_at
-        needed = f"needs {rules.agree} voters for it and none against"
-        if not borderline and not against:
-            verdict, rule, why, remedy = GateVerdict.ALLOW, "nothing against it", "", ""
-        elif borderline and not against and in_favour >= rules.agree:
-            verdict, rule, why, remedy = GateVerdict.ALLOW, "voters agree", "", ""
-        elif borderline and score >= rules.block_at and against and not in_favour:
-            verdict, rule = GateVerdict.BLOCK, "all against"
-            why, remedy = "weak signals add up and voters agree with them", "a person has to do it"
-        else:
-            verdict, rule = GateVerdict.ASK, "borderline" if borderline else "voter against"
-            why = f"weak signals add up to {score:g}; it {needed}" if borderline else ""
-            remedy = "the user confirms it, or names its target in the task"
-        why = why or "; ".join(f"{vote.voter}: {vote.reason}" for vote in against)
-        why = why or f"weak signals add up to {score:g}, below {rules.borderline_at:g}"
-        return Decision(verdict, "consensus", rule, matched, why, remedy, call, votes)
+        situation = Situation(self._task, self._role.about, self._history(), call, action)
+        votes = tuple(ask(voter, situation) for voter in self._gate.voters)
+        return settle(self._rules.consensus, call, signals, votes)
 
 
 def check_calls(trace: AgentTrace, gate: ActionGate, role: str | None = None) -> list[Decision]:
@@ -319,13 +260,6 @@ def check_calls(trace: AgentTrace, gate: ActionGate, role: str | None = None) ->
             session.ran(step.call)
         session.observe(step.observed)
     return decisions
-
-
-def _vote(voter: Voter, situation: Situation) -> Vote:
-    try:
-        return voter.vote(situation)
-    except Exception as error:  # a voter that is down must not open the gate, nor stop it
-        return Vote(voter.name, Stance.AGAINST, f"failed: {type(error).__name__}: {error}")
 
 
 def _malformed(call: ToolCall | MalformedCall, reason: str) -> Decision:
@@ -345,13 +279,13 @@ def _fault_of_name(tool: object) -> str | None:
         return "tool: expected a name"
     if len(tool) > _LONGEST_NAME:
         return f"tool: a name of more than {_LONGEST_NAME} characters"
-    return None if tool.isprintable() else "tool: a name with characters that cannot be printed"
+    if not tool.isprintable():
+        return "tool: a name with characters that cannot be printed"
+    return "tool: a name with letters that look like others" if is_disguised(tool) else None
 
 
-def _listed(address: str, role: Role) -> bool:
-    patterns = (*(role.hosts or ()), *(role.recipients or ()))
-    return any(fnmatchcase(address, pattern) for pattern in patterns)
-
-
-def _matched(signals: Mapping[str, str], names: frozenset[str]) -> str:
-    return "; ".join(f"{name}: {signals[name]}" for name in sorted(names & signals.keys()))
+def _is_everything(leaf: str) -> bool:
+    if leaf[:1].isalnum() and leaf[1:2] != ":":  # most are told by this
+        return False
+    bare = leaf.strip().lower() if len(leaf) <= 4 * _LONGEST_EVERYTHING else ""
+    return 0 < len(bare) <= _LONGEST_EVERYTHING and bool(_EVERYTHING.fullmatch(bare))

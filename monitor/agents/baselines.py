@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from midstream.agents.levels import StepLevel
-from midstream.agents.rules import words
 from midstream.agents.state import Level
 from midstream.agents.steps import AgentTrace, Step
+from midstream.agents.text import words_of_name
 
 KEYWORDS = (
     "password",
@@ -50,7 +50,11 @@ _KEYWORD = re.compile(rf"\b(?:{'|'.join(map(re.escape, KEYWORDS))})", re.IGNOREC
 
 def has_keyword(step: Step) -> bool:
     """Whether a step holds a keyword in its call, its words or what it got back."""
-    call = "" if step.call is None else f"{words(step.call.tool)} {step.call.arguments}"
+    call = (
+        ""
+        if step.call is None
+        else f"{' '.join(words_of_name(step.call.tool))} {step.call.arguments}"
+    )
     return any(_KEYWORD.search(text) for text in (call, step.said, step.observed))
 
 

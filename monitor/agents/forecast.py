@@ -183,6 +183,10 @@ class AgentMonitor:
             self.flagged_at = number
         return StepRisk(number, at, risks, flag, zone_of(risk), self._explain(at, risk))
 
+    def risk(self, level: Level) -> float:
+        """P(violated within `FLAG_HORIZON` steps) of a trace at this level."""
+        return float(self._risks[HORIZONS.index(FLAG_HORIZON), level])
+
     def _explain(self, at: StepLevel, risk: float) -> str:
         chain = f"category {self._category!r}" if self._known else "all categories"
         why = "; ".join(map(str, at.reasons))

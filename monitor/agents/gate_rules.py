@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StrictInt, ValidationError, model_validator
 
-from midstream.agents.call_text import Phrases
+from midstream.agents.phrases import Phrases
+from midstream.agents.roles import EFFECTS, Effect, Names, Number, Role, Size, Strict
 from midstream.chain import faults_by_key
 from midstream.policy import UniqueKeyLoader
 
 SCHEMA_VERSION = 1
-
-EFFECTS = ("read", "write", "delete", "run", "send", "spend", "grant", "unknown")
-"""What a call may do. ``unknown`` is for tools whose name and rules say nothing."""
 
 SEEN = {
     "secret": "an argument holds a key, a token or a card number",
@@ -45,24 +35,7 @@ class GateRulesError(ValueError):
     """Rules that cannot be obeyed; the message names each key at fault."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _no_truth_value(value: object) -> object:
-    if isinstance(value, bool):  # YAML's off is not 0
-        raise ValueError("expected a number, not a truth value")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_truth_value)]
-Count = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
-Size = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
-Names = tuple[Annotated[str, Field(min_length=1)], ...]
-Effect = Literal["read", "write", "delete", "run", "send", "spend", "grant", "unknown"]
-
-
-class Limits(_Strict):
+class Limits(Strict):
     """Sizes above which a call is refused unread: what bounds the time of a decision.
 
     Attributes
@@ -81,89 +54,7 @@ class Limits(_Strict):
     remembered_words: Size = 200_000
 
 
-class ArgumentLimit(_Strict):
-    """What one argument of a tool may be; what is not given is not limited.
-
-    Attributes
-    ----------
-    type : str, optional
-        A JSON type. ``number`` takes integers, too; ``integer`` takes no truth value.
-    required : bool
-    one_of : list, optional
-        The only values.
-    minimum, maximum : float, optional
-        Of a number.
-    max_length : int, optional
-        Characters of a string, values of an array, keys of an object.
-    like : list of str, optional
-        Patterns with ``*``, ``?`` and ``[...]``, as file names have; one must match the whole.
-    holds : {"host", "path", "recipient"}, optional
-        The whole value is to be read as one, even where it does not look like one.
-    """
-
-    type: Literal["string", "number", "integer", "boolean", "array", "object", "null"] | None = None
-    required: bool = False
-    one_of: tuple[str | int | float | bool | None, ...] | None = None
-    minimum: Number | None = None
-    maximum: Number | None = None
-    max_length: Count | None = None
-    like: Names | None = None
-    holds: Literal["host", "path", "recipient"] | None = None
-
-
-class ToolScope(_Strict):
-    """How a role may use a tool.
-
-    Attributes
-    ----------
-    effects : list of effect names, optional
-        What the tool does; guessed from its name when not given.
-    calls : int, optional
-        Calls of it per task.
-    arguments : mapping of argument name to ArgumentLimit
-    other_arguments : bool
-        Whether there may be arguments beside those.
-    """
-
-    effects: tuple[Effect, ...] | None = None
-    calls: Count | None = None
-    arguments: dict[str, ArgumentLimit] = {}
-    other_arguments: bool = True
-
-
-class Role(_Strict):
-    """What an agent in this role may do.
-
-    Attributes
-    ----------
-    tools : mapping of tool name, or pattern with ``*``, to ToolScope
-        The first that fits a call's tool counts. A tool that none fits is out of scope.
-    about : str
-        The role in words: trusted text, and what an encoder compares with.
-    hosts, recipients : list of patterns with ``*``, optional
-        The only ones that may occur in arguments; any when not given.
-    paths : list of str, optional
-        Folders; every path in the arguments must lie in one of them.
-    calls : int, optional
-        Calls per task, of all tools together.
-    """
-
-    tools: Annotated[dict[str, ToolScope], Field(min_length=1)]
-    about: str = ""
-    hosts: Names | None = None
-    recipients: Names | None = None
-    paths: Names | None = None
-    calls: Count | None = None
-
-    @model_validator(mode="after")
-    def _paths_absolute(self) -> Role:
-        for path in self.paths or ():
-            if not path.startswith(("/", "~")):
-                raise ValueError(f"paths: expected a path from / or ~, got {path!r}")
-        return self
-
-
-class Signal(_Strict):
+class Signal(Strict):
     """Words that mean something.
 
     Attributes
@@ -183,7 +74,7 @@ class Signal(_Strict):
     requests: bool = False
 
 
-class Veto(_Strict):
+class Veto(Strict):
     """A rule that decides alone.
 
     Attributes
@@ -209,7 +100,7 @@ class Veto(_Strict):
         return tuple(frozenset(names.split("|")) for names in self.when)
 
 
-class Consensus(_Strict):
+class Consensus(Strict):
     """How weak signals and voters decide together.
 
     Attributes
@@ -223,7 +114,7 @@ class Consensus(_Strict):
     agree : int
     """
 
-    weights: dict[str, Number] = {}
+    weights: dict[str, Number] = Field(default_factory=dict)
     borderline_at: Annotated[Number, Field(gt=0)]
     block_at: Annotated[Number, Field(gt=0)]
     agree: Size = 1
@@ -237,7 +128,7 @@ class Consensus(_Strict):
         return self
 
 
-class GateRules(_Strict):
+class GateRules(Strict):
     """Rules of an action gate, as stored in ``gate.yaml``.
 
     Attributes
@@ -258,8 +149,8 @@ class GateRules(_Strict):
     limits: Limits = Limits()
     roles: Annotated[dict[str, Role], Field(min_length=1)]
     effects: dict[Effect, Names]
-    nouns: dict[Effect, Names] = {}
-    signals: dict[str, Signal] = {}
+    nouns: dict[Effect, Names] = Field(default_factory=dict)
+    signals: dict[str, Signal] = Field(default_factory=dict)
     vetoes: tuple[Veto, ...] = ()
     consensus: Consensus
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from midstream.agents.patterns import Pattern
+from midstream.agents.roles import Size, Strict
 from midstream.agents.state import Escalation, Exposure, Named, Reversibility, State
 from midstream.agents.steps import Step
+from midstream.agents.text import lines_of, plain, words_of_name
 from midstream.chain import faults_by_key
+from midstream.policy import UniqueKeyLoader
 
 Place = Literal["tool", "arguments", "observed", "said"]
 Category = Literal["read", "write", "exec", "network"]
@@ -37,9 +40,7 @@ CATEGORIES: Mapping[Category, tuple[Escalation, Reversibility]] = {
 
 _SHOWN = 60  # characters of a match that an explanation quotes
 _SHOWN_OF_SECRETS = 8  # an explanation is logged and must not spread what it found
-_NAME_LIMIT = 256  # characters of a tool's name that are read
 _DIGIT = re.compile(r"\d")
-_WORDS = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[^\W\d_A-Z]+|[A-Z]+|\d+")
 
 _Value = TypeVar("_Value", bound=Named)
 
@@ -61,8 +62,8 @@ def _by_label(kind: type[_Value]) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+class _Strict(Strict):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
 class ActionRule(_Strict):
@@ -158,7 +159,7 @@ class Rules(_Strict):
     actions: tuple[ActionRule, ...] = ()
     data: tuple[DataRule, ...] = ()
     otherwise: Category = "write"
-    text_limit: int = Field(default=50_000, ge=1)
+    text_limit: Size = 50_000
     unread: Annotated[Exposure, _by_label(Exposure)] = Exposure.SENSITIVE
 
     @model_validator(mode="after")
@@ -224,13 +225,14 @@ class Rules(_Strict):
     def _texts(self, step: Step) -> tuple[dict[Place, str], list[Place]]:
         call = step.call
         whole: dict[Place, str] = {
-            "tool": "" if call is None else words(call.tool),
-            "arguments": "" if call is None else _lines(call.arguments, self.text_limit + 1),
+            "tool": "" if call is None else " ".join(words_of_name(call.tool)),
+            "arguments": "" if call is None else lines_of(call.arguments, self.text_limit + 1),
             "observed": step.observed,
             "said": step.said,
         }
-        cut: list[Place] = [place for place, text in whole.items() if len(text) > self.text_limit]
-        return {place: text[: self.text_limit] for place, text in whole.items()}, cut
+        texts = {place: plain(text[: self.text_limit + 1]) for place, text in whole.items()}
+        cut = [place for place, text in texts.items() if len(text) > self.text_limit]
+        return {place: text[: self.text_limit] for place, text in texts.items()}, cut
 
     @classmethod
     def default(cls) -> Rules:
@@ -258,7 +260,7 @@ class Rules(_Strict):
             Naming every key at fault.
         """
         try:
-            content = yaml.safe_load(text)
+            content = yaml.load(text, Loader=UniqueKeyLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise RulesError(f"{source}: not YAML: {error}") from error
         if not isinstance(content, dict):
@@ -287,36 +289,6 @@ class Rules(_Strict):
 def _default() -> Rules:
     text = files("midstream.agents").joinpath("rules.yaml").read_text(encoding="utf-8")
     return Rules.from_yaml(text, "rules.yaml of the package")
-
-
-@lru_cache(maxsize=4096)
-def words(name: str) -> str:
-    """Words of a tool's name in lower case: ``GmailSendEmail`` is ``gmail send email``."""
-    return " ".join(_WORDS.findall(name[:_NAME_LIMIT])).lower()
-
-
-def _lines(arguments: Mapping[str, Any], limit: int) -> str:
-    """Render a line ``key: value`` for each leaf; stops once there are ``limit`` characters.
-
-    Without recursion: arguments come from strangers and may be nested as deep as they like.
-    """
-    lines: list[str] = []
-    length = 0
-    todo: list[tuple[str, Any]] = list(arguments.items())[::-1]
-    while todo and length < limit:
-        key, value = todo.pop()
-        length += 1
-        inner: Iterable[tuple[str, Any]]
-        if isinstance(value, Mapping):
-            inner = value.items()
-        elif isinstance(value, list | tuple):
-            inner = ((key, each) for each in value)
-        else:
-            lines.append(f"{key}: {value}")
-            length += len(lines[-1])
-            continue
-        todo.extend(list(inner)[::-1])
-    return "\n".join(lines)
 
 
 def _quote(text: str, limit: int) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
-from midstream.agents.call_text import fold, host_of, json_type
-from midstream.agents.gate_rules import ArgumentLimit, Role, ToolScope
-
-_PATH = re.compile(r"(?:~|/|\.\.?[/\\])|[A-Za-z]:[/\\]")
-_UP = re.compile(r"(?:^|[/\\])\.\.(?:[/\\]|$)")
+from midstream.agents.call_text import json_type
+from midstream.agents.places import (
+    host_of,
+    is_inside,
+    is_listed_host,
+    is_listed_recipient,
+    paths_in,
+)
+from midstream.agents.roles import ArgumentLimit, Role, ToolScope
+from midstream.agents.text import fold
 
 
 class Finding(NamedTuple):
@@ -24,12 +26,11 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def scope_of(role: Role, tool: str) -> ToolScope | None:
-    """Return the scope of the first entry that fits a tool's name; None where none does."""
-    exact = role.tools.get(tool)
-    if exact is not None:
-        return exact
-    return next((scope for name, scope in role.tools.items() if fnmatchcase(tool, name)), None)
+def entry_of(role: Role, tool: str) -> str | None:
+    """Return the key of the first entry that fits a tool's name; None where none does."""
+    if tool in role.tools:
+        return tool
+    return next((name for name in role.tools if fnmatchcase(tool, name)), None)
 
 
 def outside_arguments(scope: ToolScope, arguments: Mapping[str, Any]) -> Finding | None:
@@ -96,16 +97,16 @@ def outside_places(
             held[limit.holds].extend(_strings(arguments[name]))
     if role.hosts is not None:
         for host in (*hosts, *(host_of(fold(value)) for value in held["host"])):
-            if not any(fnmatchcase(host, pattern) for pattern in role.hosts):
+            if not is_listed_host(host, role.hosts):
                 return Finding("hosts", host[:80], f"a host like {' or '.join(role.hosts)}")
     if role.recipients is not None:
         for recipient in (*recipients, *(fold(value) for value in held["recipient"])):
-            if not any(fnmatchcase(recipient, pattern) for pattern in role.recipients):
+            if not is_listed_recipient(recipient, role.recipients):
                 allowed = " or ".join(role.recipients)
                 return Finding("recipients", recipient[:80], f"a recipient like {allowed}")
     if role.paths is not None:
-        for path in (*_paths(leaves), *held["path"]):
-            if not _inside(path, role.paths):
+        for path in (*paths_in(leaves), *held["path"]):
+            if not is_inside(path, role.paths):
                 return Finding("paths", path[:80], f"a path in {' or '.join(role.paths)}")
     return None
 
@@ -113,30 +114,3 @@ def outside_places(
 def _strings(value: Any) -> Iterator[str]:
     for item in value if isinstance(value, list | tuple) else (value,):
         yield item if isinstance(item, str) else repr(item)
-
-
-def _paths(leaves: Sequence[str]) -> Iterator[str]:
-    for leaf in leaves:
-        if _PATH.match(leaf):  # as a whole: it may hold spaces
-            yield leaf
-        for word in leaf.split():
-            bare = word.strip("\"'`,;()[]{}<>|&=")
-            if _PATH.match(bare) or _UP.search(bare):
-                yield bare
-
-
-def _inside(path: str, folders: Sequence[str]) -> bool:
-    """Whether a path stays in a folder, however it is written.
-
-    A relative one is taken from where the agent works, and only must not climb. Links on the disk
-    are not followed: that is for whoever opens the file.
-    """
-    if "\0" in path:
-        return False
-    plain = unquote(path).replace("\\", "/")
-    if plain.startswith(("/", "~")):
-        norm = posixpath.normpath("/" + plain.lstrip("/") if plain[0] == "/" else plain)
-        return any(norm == f or norm.startswith(f.rstrip("/") + "/") for f in folders)
-    if re.match(r"[A-Za-z]:", plain):
-        return False
-    return not posixpath.normpath(plain).startswith("..")

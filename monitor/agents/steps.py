@@ -79,6 +79,6 @@ class AgentTrace(_Frozen):
                     f"violating_step: expected 0 to {len(self.steps) - 1}, "
                     f"got {self.violating_step}"
                 )
-            if self.violates is False:
-                raise ValueError("violating_step: given for a trace that does not violate")
+            if not self.violates:
+                raise ValueError("violating_step: given for a trace that is not said to violate")
         return self

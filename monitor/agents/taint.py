@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 
-from midstream.agents.call_text import Phrases, fold, words
+from midstream.agents.phrases import Phrases
+from midstream.agents.places import addresses
+from midstream.agents.text import fold, words
 
 # Ends of fields and lines, in JSON and in Python's way of writing it.
 _FIELDS = re.compile(r"""["']\s{0,4}[,:}\]]|[{\[,:]\s{0,4}["']|\\n|\n""")
@@ -69,6 +71,7 @@ class Origins:
     def trust(self, text: str) -> None:
         """Read what the user or the operator said; it also clears what was copied before."""
         said = set(words(fold(text)))
+        said.update(addresses(said)[0])
         self.trusted |= said
         self.copied -= said
         self.requested -= said
@@ -89,6 +92,7 @@ class Origins:
                 continue
             unknown = distinct - self.trusted
             self.copied.update(word for word in unknown if _is_name(word))
+            self.copied.update(host for host in addresses(unknown)[0] if host not in self.trusted)
             if not self._requests.isdisjoint(raised):
                 self.requested.update(
                     word for word in unknown - _COMMON if len(word) >= _CONTENT_LENGTH

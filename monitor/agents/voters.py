@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import lru_cache
@@ -11,8 +12,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.agents.forecast import FLAG_AT, FLAG_HORIZON, AgentModel, AgentMonitor
+from midstream.agents.forecast import FLAG_AT, AgentModel, AgentMonitor
 from midstream.agents.rules import Rules
+from midstream.agents.state import Level, State
 from midstream.agents.steps import Step, ToolCall
 
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -108,15 +110,30 @@ def chain_forecast(
     """P(violated within 5 steps) by SafetyDrift's chain, for `ForecastVoter`.
 
     The call in question has no observation yet, so its level is that of its tool and arguments.
-    Reads all steps again at each call, O(characters of the trace): a function of its input alone.
+    A function of its input alone. It remembers what each step is as long as somebody holds the
+    step, so that a decision reads what is new and then takes O(steps) look-ups.
+
+    Raises
+    ------
+    AgentError
+        For a model that was fitted with other rules.
     """
+    monitor = AgentMonitor(rules, model, category)
+    known: dict[int, State] = {}
+
+    def alone(step: Step) -> State:
+        state = known.get(id(step))
+        if state is None:
+            state = known[id(step)] = rules.read(step)[0]
+            weakref.finalize(step, known.pop, id(step), None).atexit = False
+        return state
 
     def forecast(steps: Sequence[Step]) -> float:
-        monitor = AgentMonitor(rules, model, category)
-        risk = 0.0
+        state, violated = State(), False
         for step in steps:
-            risk = monitor.observe(step).risks[FLAG_HORIZON]
-        return risk
+            state = state.after(alone(step))
+            violated = violated or state.level is Level.VIOLATED
+        return monitor.risk(Level.VIOLATED if violated else state.level)
 
     return forecast
 

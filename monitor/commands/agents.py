@@ -14,7 +14,9 @@ from rich.text import Text
 from midstream.commands.options import Json, without_nan
 
 if TYPE_CHECKING:
+    from midstream.agents.forecast import AgentModel
     from midstream.agents.readers import ReadTraces
+    from midstream.measure.agent_gate import StepDecisions
     from midstream.measure.agents import Judged
 
 Data = Annotated[Path, typer.Argument(help="Traces: rows of AgentTrace as JSON lines, or R-Judge.")]
@@ -22,10 +24,14 @@ Format = Annotated[
     str | None,
     typer.Option("--data-format", help="jsonl or r_judge; by the end of the name when not given."),
 ]
+GateOption = Annotated[
+    Path | None, typer.Option("--gate-rules", help="YAML of the action gate; the default's.")
+]
 RulesOption = Annotated[
     Path | None, typer.Option("--rules", help="YAML, 'extends: default' or its own; the default's.")
 ]
 
+VERDICT_STYLES = {"ALLOW": "green", "ASK": "dark_orange", "BLOCK": "red"}
 STYLES = ("green", "yellow", "dark_orange", "red", "bold white on red")
 """Of the levels, from safe to violated."""
 
@@ -34,6 +40,7 @@ def check(
     data: Data,
     data_format: Format = None,
     rules: RulesOption = None,
+    gate_rules: GateOption = None,
     model: Annotated[
         Path | None,
         typer.Option(help="agents.json to judge by; cross-validated chains when not given."),
@@ -49,16 +56,20 @@ def check(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Flag traces of agents before they violate, and measure how well that works."""
+    """Flag traces of agents before they violate, gate their calls, measure how well that works."""
+    from midstream.agents.action_gate import ActionGate
     from midstream.agents.forecast import AgentModel
+    from midstream.agents.gate_rules import GateRules
     from midstream.agents.readers import read_traces
     from midstream.agents.rules import Rules
     from midstream.learn.agent_fit import fit_agents
     from midstream.measure import agents
+    from midstream.measure.agent_gate import decisions_of, stopped
     from midstream.measure.agent_report import report
     from midstream.measure.report import to_json
 
     read, known = read_traces(data, data_format), Rules.load(rules)
+    gate = ActionGate(GateRules.load(gate_rules))
     wanted = list(trace or [])
     if len(read.traces) == 1 and not wanted:
         wanted = [read.traces[0].id]
@@ -70,6 +81,7 @@ def check(
     else:
         fitted = AgentModel.from_json(model.read_text(encoding="utf-8"), str(model))
         judged = agents.judged_by(fitted, read.traces, known)
+    gated = [decisions_of(one.trace, gate) for one in judged]
     content = without_nan(
         {
             "source": data.name,
@@ -79,17 +91,18 @@ def check(
             "rules": known.hash,
             "actions": {"calls": read.calls, "text": read.texts, "malformed": read.malformed},
             **report(judged),
+            "gate": stopped(gated, [one.violates_at for one in judged]),
         }
     )
     if out is not None:
-        _write(out, judged, content, fitted)
+        _write(out, judged, gated, content, fitted)
     if json_:
         print(to_json(content))
         return
     console = Console()
-    for one in judged:
+    for one, decisions in zip(judged, gated, strict=True):
         if one.trace.id in wanted:
-            _print_trace(console, one)
+            _print_trace(console, one, decisions)
     _print_figures(console, content)
     _print_notes(console, read, content)
     if out is not None:
@@ -125,7 +138,13 @@ def fit(
     )
 
 
-def _write(out: Path, judged: Sequence[Judged], content: dict[str, Any], model: Any) -> None:
+def _write(
+    out: Path,
+    judged: Sequence[Judged],
+    gated: Sequence[StepDecisions],
+    content: dict[str, Any],
+    model: AgentModel,
+) -> None:
     from tempfile import TemporaryDirectory
 
     from midstream.atomic import write_folder
@@ -137,17 +156,17 @@ def _write(out: Path, judged: Sequence[Judged], content: dict[str, Any], model: 
         plots = write_plots(Path(scratch), judged, content, model)
         files = {path.name: path.read_bytes() for path in plots}
     files["report.json"] = to_json(content).encode()
-    files["decisions.jsonl"] = decisions(judged).encode()
+    files["decisions.jsonl"] = decisions(judged, gated).encode()
     write_folder(out, files)
 
 
-def _print_trace(console: Console, one: Judged) -> None:
+def _print_trace(console: Console, one: Judged, gated: StepDecisions) -> None:
     from midstream.agents.forecast import HORIZONS
     from midstream.measure.agents import CHAIN
 
     kind = "does not violate" if one.violates_at is None else f"violates at {one.violates_at + 1}"
     table = Table(
-        title=Text(f"{one.trace.id} ({one.trace.category or 'no category'}; {kind})"),
+        title=Text(_shown(f"{one.trace.id} ({one.trace.category or 'no category'}; {kind})")),
         title_justify="left",
         show_lines=True,
         expand=True,
@@ -160,9 +179,15 @@ def _print_trace(console: Console, one: Judged) -> None:
     for step in one.steps:
         call = one.trace.steps[step.step].call
         marks = "⚑" * (step.step == one.flags[CHAIN]) + "✗" * (step.step == one.violates_at)
-        does = Text(call.tool if call is not None else "(speaks)", style="bold")
+        does = Text(_shown(call.tool) if call is not None else "(speaks)", style="bold")
         for reason in step.at.reasons:
-            does.append(f"\n{reason}", style="not bold dim")
+            does.append(f"\n{_shown(str(reason))}", style="not bold dim")
+        decision = gated[step.step]
+        if decision is not None:
+            verdict = decision.verdict.value
+            does.append(f"\ngate: {verdict}", style=f"not bold {VERDICT_STYLES[verdict]}")
+            why = f" {decision.stage}/{decision.rule}: {decision.because}"
+            does.append(_shown(f"{why} [{decision.matched}]"), style="not bold dim")
         table.add_row(
             f"{step.step + 1} {marks}".rstrip(),
             does,
@@ -171,6 +196,11 @@ def _print_trace(console: Console, one: Judged) -> None:
         )
     console.print(table)
     console.print("⚑ first flag, ✗ violating step")
+
+
+def _shown(text: str) -> str:
+    """Text without what could steer a terminal: traces come from strangers."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _print_figures(console: Console, content: dict[str, Any]) -> None:
@@ -184,6 +214,10 @@ def _print_figures(console: Console, content: dict[str, Any]) -> None:
     for name, figures in content["detectors"].items():
         cells = [_cell(figures[key], 100) for key in ("detection", "by_violating_step", "fpr")]
         table.add_row(name, *cells, _cell(figures["lead_steps"], 1))
+    gate = content["gate"]
+    for kind in ("stopped", "blocked"):
+        shares = [_cell(gate[f"{of}_{kind}"], 100) for of in ("violating", "other")]
+        table.add_row(f"action gate, {kind}", "–", *shares, "–")
     console.print(table)
 
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from midstream.commands.options import Json, Tier
-
-WITH_INTERVAL = ("cost", "above_optimal", "false_halts")
-PLAIN = ("violating_halted", "leaked_tokens", "held_tokens")
 
 
 def stop(
@@ -85,22 +83,31 @@ def stop(
 
 
 def _table(priced: dict[str, object], title: str) -> Table:
-    table = Table(title=f"{title}; 95 % intervals by bootstrap", title_justify="left")
-    table.add_column("policy")
-    for name in (*WITH_INTERVAL, *PLAIN):
-        table.add_column(name.replace("_", " "), justify="right")
+    table = Table(title=f"{title}; 95 % by bootstrap", title_justify="left", box=box.SIMPLE)
+    for header in ("policy", "cost", "false halts", "others halted", "leaked", "held"):
+        kept = header in ("policy", "cost", "false halts")  # on one line
+        table.add_column(header, justify="left" if header == "policy" else "right", no_wrap=kept)
     policies = priced["policies"]
     assert isinstance(policies, dict)
     for name, row in policies.items():
-        cells = [_value(row[key]) + _interval(row[key]) for key in WITH_INTERVAL]
-        table.add_row(name, *cells, *(_value(row[key]) for key in PLAIN))
+        table.add_row(
+            name,
+            _value(row["cost"]) + _interval(row["cost"]),
+            _value(row["false_halts"], 100, " %") + _interval(row["false_halts"], 100),
+            _value(row["violating_halted"], 100, " %"),
+            *(_value(row[key]) for key in ("leaked_tokens", "held_tokens")),
+        )
     return table
 
 
-def _value(figure: dict[str, float | None]) -> str:
-    return "-" if figure["value"] is None else f"{figure['value']:.3g}"
+def _value(figure: dict[str, float | None], unit: float = 1, sign: str = "") -> str:
+    return "-" if figure["value"] is None else f"{unit * figure['value']:.3g}{sign}"
 
 
-def _interval(figure: dict[str, float | None]) -> str:
+def _interval(figure: dict[str, float | None], unit: float = 1) -> str:
     low, high = figure["low"], figure["high"]
-    return "" if low is None or low == high else f"\n{low:.3g} to {high:.3g}"
+    return (
+        ""
+        if low is None or high is None or low == high
+        else (f"\n{unit * low:.2g}–{unit * high:.2g}")
+    )

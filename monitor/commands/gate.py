@@ -55,7 +55,11 @@ def replay(
 
     _refuse_existing(out)
     loaded = load(model, bundle)
-    gate = TurnGate(loaded[2], open_ledger(ledger))
+    try:
+        store = open_ledger(ledger)
+    except ValueError as error:
+        raise typer.BadParameter(f"--ledger: {error}") from error
+    gate = TurnGate(loaded[2], store)
     conversations, hazards, about = _scored(
         data, data_format, loaded, context or _default(model), batch_size, json_
     )
@@ -83,8 +87,6 @@ def fit(
     blocked: Annotated[
         float | None,
         typer.Option(
-            min=0.0,
-            max=1.0,
             help="Bound on the share of harmless conversations that are blocked; without one the "
             "threshold is that of the largest F1phi2.",
         ),
@@ -103,6 +105,9 @@ def fit(
 
     if out.exists():
         raise BundleExistsError(f"{out} exists: choose a new folder or remove this one")
+    for name, share in (("blocked", blocked), ("confidence", confidence)):
+        if share is not None and not 0 < share < 1:
+            raise typer.BadParameter(f"--{name}: expected a number between 0 and 1, got {share:g}")
     loaded = load(model, bundle)
     conversations, hazards, about = _scored(
         data, data_format, loaded, context or _default(model), batch_size, json_
@@ -123,7 +128,14 @@ def fit(
         print(json.dumps(summary, indent=2))
         return
     for key, value in summary.items():
-        typer.echo(f"{key}: {value}")
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{name} {_number(found)}" for name, found in value.items()) or "-"
+        elif isinstance(value, list):
+            shown = ", ".join(f"{edge:.3g}" for edge in value)
+        elif isinstance(value, float):
+            shown = _number(value)
+        typer.echo(f"{key.replace('_', ' ')}: {shown}")
 
 
 def _default(model: str | None) -> str:
@@ -162,18 +174,46 @@ def _scored(
 
 def _show(metrics: dict[str, Any]) -> None:
     console = Console()
-    told = ("conversations", "labelled", "turns", "turns_without_evidence", "conversations_blocked")
-    console.print(", ".join(f"{metrics[key]} {key.replace('_', ' ')}" for key in told))
+    told = (
+        "conversations", "labelled", "turns", "turns_without_evidence", "turns_unseen",
+        "conversations_blocked",
+    )  # fmt: skip
+    console.print(", ".join(f"{key.replace('_', ' ')}: {metrics[key]}" for key in told))
     if "gate" in metrics:
-        table = Table(title=f"Turn gate at {metrics['policy']['block_at']:g}")
-        for column in ("figure", "value", "95 % interval", "n", ""):
+        table = Table(title=f"Turn gate at block_at {metrics['policy']['block_at']:.4g}")
+        for column in ("figure", "value", "95 % interval", "n", "of", "note"):
             table.add_column(column)
         for name, figure in metrics["gate"].items():
-            interval = ""
-            if figure["low"] is not None:
-                interval = f"{figure['low']:.3f} to {figure['high']:.3f}"
-            value = "-" if figure["value"] is None else f"{figure['value']:.3f}"
-            table.add_row(name, value, interval, str(figure["n"]), figure["reason"])
+            of = {"benign_score": "harmless", "f1phi2": "all"}.get(name, "harmful")
+            if figure["value"] is None:  # the limits say why
+                continue
+            value, interval = _number(figure["value"]), _interval(figure)
+            table.add_row(name, value, interval, str(figure["n"]), of, figure["reason"])
         console.print(table)
+        _show_methods(console, metrics["at_best_threshold_here"])
     for limit in metrics["limits"]:
-        console.print(limit, highlight=False, markup=False)
+        console.print(f"- {limit}", highlight=False, markup=False)
+
+
+def _show_methods(console: Console, methods: dict[str, Any]) -> None:
+    located = all(method["f1phi2"]["value"] is not None for method in methods.values())
+    shown = ("f1phi2", "phi2") if located else ("detected",)
+    table = Table(title="At the threshold that is the best on these very conversations")
+    for column in ("method", shown[0], "95 % interval", *shown[1:], "benign_score"):
+        table.add_column(column)
+    for name, method in methods.items():
+        others = [_number(method[figure]["value"]) for figure in (*shown[1:], "benign_score")]
+        first = method[shown[0]]
+        interval = _interval(first)
+        table.add_row(name, _number(first["value"]), interval, *others)
+    console.print(table)
+    for name, method in methods.items():
+        console.print(f"{name}: {method['score']}", highlight=False, markup=False)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    return "" if figure["low"] is None else f"{figure['low']:.3f} to {figure['high']:.3f}"

@@ -119,7 +119,7 @@ def recorded(recording: Recording, bundle: Bundle) -> tuple[Streams, NDArray[np.
     MeasureError
         When it has no labels for what the bundle looks for, or when no stream is left.
     """
-    from midstream.measure.evidence import evidence_curves
+    from midstream.measure.evidence import log_hazards
     from midstream.measure.outcomes import MeasureError, Outcomes
     from midstream.measure.rejudge import rejudge
 
@@ -130,19 +130,13 @@ def recorded(recording: Recording, bundle: Bundle) -> tuple[Streams, NDArray[np.
         raise MeasureError(
             "of no stream it is known whether and where it violates; label the recording"
         )
-    table = bundle.bank.evidence_table()
-    evidence = evidence_curves(recording, bundle).astype(np.float64) - table.center.numpy()
-    in_prompt = truth.position < 0
-    reads_prompt = np.array([probe.reads == "prompt" for probe in bundle.bank.heads])
-    reads = reads_prompt[None, :] == in_prompt[:, None]
-    log_hazard = np.where(reads, np.logaddexp(0.0, evidence), 0.0).sum(axis=1)
+    hazard = log_hazards(recording, bundle)
     bins = np.where(
-        in_prompt,
-        np.searchsorted(bundle.chain.prompt_edges, log_hazard, side="right"),
-        np.searchsorted(bundle.chain.edges, log_hazard, side="right"),
+        recording.in_response,
+        np.searchsorted(bundle.chain.edges, hazard.token, side="right"),
+        np.searchsorted(bundle.chain.prompt_edges, hazard.token, side="right"),
     )
-    scored = (np.isfinite(recording.logits) | ~reads).all(axis=1)
-    kept = scored & (truth.position >= -1) & used[truth.stream]
+    kept = hazard.scored & (truth.position >= -1) & used[truth.stream]
     starts = np.concatenate([[0], (truth.tokens[used] + 1).cumsum()])
     rows = np.full(starts[-1], UNSCORED)
     renumbered = used.cumsum() - 1

@@ -75,7 +75,8 @@ def fit_turns(
     """Fit the chain of turns, and what it carries to the token chain.
 
     A harmful conversation is read up to its target, behind which a gate would not let it go. Turns
-    without evidence are left out. Cost: EM's, linear in turns, for each number of states and fold.
+    without evidence are left out; where the target is one, the harm has no place any more. Cost:
+    EM's, linear in turns, for each number of states and fold.
 
     Parameters
     ----------
@@ -174,7 +175,8 @@ def carry_of(
 
 def _until_target(one: LabelledTurns) -> LabelledTurns:
     turns = one.log_hazard[: one.target]
-    return LabelledTurns([h for h in turns if h is not None], one.harmful, one.target)
+    target = one.target if turns and turns[-1] is not None else None  # the turn before is not it
+    return LabelledTurns([h for h in turns if h is not None], one.harmful, target)
 
 
 def _symbols(one: LabelledTurns, edges: Sequence[float]) -> SymbolStream:

@@ -44,7 +44,8 @@ class TurnRecord(BaseModel):
     delivered : bool
         False where the gate withheld the candidate.
     bundle : str
-        Hash of the bundle that judged it: a belief means nothing to another chain.
+        Hash of the bundle that judged it, without its policy and notes: a belief means nothing to
+        another chain.
     at : float
         Unix time of the write, seconds; set by the writer, for expiry alone.
     """

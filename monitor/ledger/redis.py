@@ -28,6 +28,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from midstream.ledger.clock import age, expiry_age
 from midstream.ledger.encoding import CorruptedTurn, decode, encode
@@ -40,14 +41,17 @@ _PREFIX = "midstream:ledger:1:"  # the version of what is below
 _AGES = _PREFIX + "ages"
 
 # KEYS: the set of ages, then the hash of each record. ARGV: field, value and age of each record.
+# Scripts are not rolled back: where the age cannot be set there must be no turn, which would never
+# expire.
 _WRITE = """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 local added = {}
 for i = 1, #KEYS - 1 do
-    added[i] = redis.call('HSETNX', KEYS[i + 1], ARGV[3 * i - 2], ARGV[3 * i - 1])
+    added[i] = 1 - redis.call('HEXISTS', KEYS[i + 1], ARGV[3 * i - 2])
     if added[i] == 1 then
         redis.call('ZADD', KEYS[1], 'GT', now - ARGV[3 * i], KEYS[i + 1])
+        redis.call('HSET', KEYS[i + 1], ARGV[3 * i - 2], ARGV[3 * i - 1])
     end
 end
 return added
@@ -96,6 +100,8 @@ class RedisLedger:
     ------
     LedgerError
         If the server cannot be reached or used.
+    ValueError
+        For a database that is no number.
     ImportError
         Without redis-py, naming the extra to install.
 
@@ -116,6 +122,10 @@ class RedisLedger:
             ) from error
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout}, expected seconds above 0")
+        database = urlsplit(url).path.strip("/")
+        if database and not database.isdecimal() and not url.startswith("unix:"):
+            # redis-py would take database 0, which may be another ledger's
+            raise ValueError(f"no database {database!r}, expected a number: redis://host:port/1")
         self._client = redis.Redis.from_url(
             url,
             socket_timeout=timeout,

@@ -68,12 +68,17 @@ def levels(figure: Any, judged: Sequence[Judged]) -> None:
     """Level of each trace after each step, with its violating step and its first flag."""
     from matplotlib.colors import ListedColormap
 
+    colours = ListedColormap(list(COLOURS))
     left, right = figure.subplots(1, 2)
     for axes, violating in ((left, True), (right, False)):
         group = sorted(
             (one for one in judged if (one.violates_at is not None) is violating),
             key=lambda one: [step.level for step in one.steps],
         )
+        kind = "violate" if violating else "do not violate"
+        if not group:
+            axes.set(title=f"no trace that {kind}", xticks=[], yticks=[])
+            continue
         chosen = [group[i] for i in np.unique(np.linspace(0, len(group) - 1, _ROWS).astype(int))]
         width = min(_STEPS, max(len(one.steps) for one in judged))
         grid = np.full((len(chosen), width), np.nan)
@@ -86,10 +91,8 @@ def levels(figure: Any, judged: Sequence[Judged]) -> None:
             ):
                 if at is not None and at < width:
                     axes.plot(at + 0.5, row + 0.5, marker, color=colour, markersize=3)
-        colours = ListedColormap(list(COLOURS))
         mesh = axes.pcolormesh(np.ma.masked_invalid(grid), cmap=colours, vmin=-0.5, vmax=4.5)
         axes.invert_yaxis()
-        kind = "violate" if violating else "do not violate"
         axes.set(
             title=f"{len(chosen)} of {len(group)} traces that {kind}",
             xlabel="step",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from midstream.agents.decisions import Decision
 from midstream.agents.state import Level
 from midstream.agents.steps import AgentTrace
 from midstream.learn.chains.intervals import wilson
@@ -66,9 +67,9 @@ def flag_figures(flags: Sequence[int | None], ends: Sequence[int | None]) -> dic
         mean(leads, np.ones(len(leads), bool)), len(leads), n=len(leads), undefined="none detected"
     )
     return {
-        "detection": _rate(early),
-        "by_violating_step": _rate([flag <= end for flag, end in violating]),
-        "fpr": _rate([flag < np.inf for flag, end in pairs if end is None]),
+        "detection": rate(early),
+        "by_violating_step": rate([flag <= end for flag, end in violating]),
+        "fpr": rate([flag < np.inf for flag, end in pairs if end is None]),
         "lead_steps": {"value": lead.value, "low": lead.low, "high": lead.high, "n": lead.n},
     }
 
@@ -126,8 +127,8 @@ def level_counts(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
     }
 
 
-def decisions(judged: Sequence[Judged]) -> str:
-    """JSON lines, one per step: level, state, risks, flag, zone and every rule that matched."""
+def decisions(judged: Sequence[Judged], gated: Sequence[Sequence[Decision | None]]) -> str:
+    """JSON lines, one per step: level, state, risks, flag, zone, rules that matched; the gate."""
     return "".join(
         json.dumps(
             {
@@ -145,13 +146,26 @@ def decisions(judged: Sequence[Judged]) -> str:
                 "zone": step.zone.value,
                 "violates": one.violates_at == step.step,
                 "reasons": [str(reason) for reason in step.at.reasons],
+                "gate": None if (said := gates[step.step]) is None else gate_row(said),
             },
             ensure_ascii=True,
         )
         + "\n"
-        for one in judged
+        for one, gates in zip(judged, gated, strict=True)
         for step in one.steps
     )
+
+
+def gate_row(decision: Decision) -> dict[str, str]:
+    """What the gate said of a call."""
+    return {
+        "verdict": decision.verdict.value,
+        "stage": decision.stage,
+        "rule": decision.rule,
+        "matched": decision.matched,
+        "because": decision.because,
+        "remedy": decision.remedy,
+    }
 
 
 def _beginnings(trace: AgentTrace) -> list[tuple[str, ...]]:
@@ -164,7 +178,8 @@ def _highest(one: Judged, end: int) -> str:
     return max(step.level for step in one.steps[:end]).label if end else "no step"
 
 
-def _rate(hits: Sequence[bool]) -> dict[str, float | int | None]:
+def rate(hits: Sequence[bool]) -> dict[str, float | int | None]:
+    """Share of hits with its Wilson interval (95 %); no value where there is nothing to count."""
     if not hits:
         return {"value": None, "low": None, "high": None, "n": 0}
     low, high = wilson(np.array([sum(hits)]), np.array([len(hits)]))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.texts import records
-from midstream.turn_history import ASSISTANT, content_of
+from midstream.turn_history import ASSISTANT, HistoryError, content_of
 
 FORMATS = ("jsonl", "r_judge")
 
@@ -84,7 +84,7 @@ def read_conversations(path: Path, data_format: str | None = None) -> list[Conve
                 f"{path}, {where}: expected messages, a list of mappings with a role and a "
                 f"content; failed at {error!r}"
             ) from error
-        except ConversationError as error:
+        except (ConversationError, HistoryError) as error:
             raise ConversationError(f"{path}, {where}: {error}") from error
         if conversation.id in found:
             raise ConversationError(f"{path}, {where}: the id {conversation.id!r} was there before")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -61,3 +63,37 @@ def evidence_curves(recording: Recording, bundle: Bundle) -> NDArray[np.float32]
             )
             curves[rows] = slots.evidence[:going].numpy()
     return curves
+
+
+@dataclass(frozen=True)
+class LogHazards:
+    """Cumulative log-hazards, which the bins of a chain part.
+
+    Attributes
+    ----------
+    token : float64 [N]
+        Of the probes that read the phase that a token is in; of one without a score, that before.
+    scored : bool [N]
+        Whether all of these probes have scored it.
+    prompt : float64 [E]
+        That of the last prompt token; 0 where none was recorded, and without prompt probes.
+    """
+
+    token: NDArray[np.float64]
+    scored: NDArray[np.bool_]
+    prompt: NDArray[np.float64]
+
+
+def log_hazards(recording: Recording, bundle: Bundle) -> LogHazards:
+    """Sum up the evidence of every recorded token. O(N P)."""
+    evidence = evidence_curves(recording, bundle).astype(np.float64)
+    hazard = np.logaddexp(0.0, evidence - bundle.bank.evidence_table().center.numpy())
+    of_response = np.array([probe.reads == "response" for probe in bundle.bank.heads])
+    reads = of_response[None, :] == recording.in_response[:, None]
+    token = np.where(reads, hazard, 0.0).sum(axis=1)
+    prompt = np.zeros(len(recording))
+    stream = np.repeat(np.arange(len(recording)), np.diff(recording.starts))
+    before = ~recording.in_response
+    prompt[stream[before]] = token[before]  # rows are in order, so the last one stays
+    scored = (np.isfinite(recording.logits) | ~reads).all(axis=1)
+    return LogHazards(token, np.asarray(scored), prompt)

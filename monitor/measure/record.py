@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def record(
     AlignmentError
         As `midstream.learn.align.encode`.
     RecordingError
-        Without examples, or with two of one id.
+        Without examples, with two of one id, and when they have labels of other hazards alone.
     """
     if not examples:
         raise RecordingError("no examples to record; give at least one")
@@ -71,6 +71,7 @@ def record(
         )
     bundle.fingerprint.check(Fingerprint.of(model, tokenizer))
     looked_for = tuple(dict.fromkeys(bundle.bank.hazards)) if hazards is None else tuple(hazards)
+    _check_hazards(examples, looked_for)
     longest = window(getattr(model, model.base_model_prefix, model))
     encoded = [encode(example, tokenizer, looked_for, window=longest) for example in examples]
     judged = [~one.special for one in encoded]
@@ -117,6 +118,25 @@ def record(
         },
         probes_hash=probes_hash(bundle.bank),
     )
+
+
+def _check_hazards(examples: Sequence[Example], looked_for: Sequence[str]) -> None:
+    """Refuse labels that all speak of other hazards: each would be recorded as free of ours."""
+    named = {
+        name
+        for one in examples
+        for name in (*one.labels, *one.prompt_labels, *(span.hazard for span in one.spans or ()))
+    }
+    if named and not named & set(looked_for):
+        raise RecordingError(
+            f"the data have labels of {_quoted(named)}, and the bundle looks for "
+            f"{_quoted(looked_for)}; where labels in the data have no name of their own, give "
+            "--hazard (hazard=) with the name that the bundle uses"
+        )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
 
 
 def record_file(

@@ -57,7 +57,14 @@ def risk_over_turns(talks: Sequence[Talk], threshold: float, suffix: str = "svg"
             behind.set_ylabel("nats", color="0.45")
         axes.set_zorder(behind.get_zorder() + 1)
         axes.patch.set_visible(False)
-        axes.plot(turn, talk.risk, color=_BLUE, marker="o", markersize=4, label="risk")
+        until = len(turn) if talk.blocked is None else talk.blocked
+        if until < len(turn):  # said without a block, so only to look at
+            rest = slice(until - 1, None)
+            axes.plot(turn[rest], talk.risk[rest], color=_BLUE, alpha=0.3, marker="o",
+                      markersize=3, linestyle=":", label="had it not been blocked")  # fmt: skip
+        axes.plot(
+            turn[:until], talk.risk[:until], color=_BLUE, marker="o", markersize=4, label="risk"
+        )
         axes.axhline(threshold, color="0.3", linewidth=0.8, linestyle=":", label="block_at")
         if talk.target is not None:
             axes.axvline(talk.target, color=_RED, linewidth=3, alpha=0.5, label="harm complete")
@@ -74,7 +81,7 @@ def risk_over_turns(talks: Sequence[Talk], threshold: float, suffix: str = "svg"
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5,
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6,
                   frameon=False, fontsize="small")  # fmt: skip
     return _saved(figure, suffix)
 
@@ -123,7 +130,9 @@ def block_timing(outcomes: Outcomes, suffix: str = "svg") -> bytes:
         offset = (outcomes.blocked - outcomes.target)[outcomes.harmful & stopped]
         _bars(axes, offset, 0.0, "harmful", _BLUE)
         axes.axvline(0, color=_RED, linewidth=1, linestyle="--", label="harm complete")
+        reach = max(2, *abs(offset).tolist(), 0) + 0.7
         axes.set(xlabel="blocked turn less target turn", ylabel="harmful conversations")
+        axes.set_xlim(-reach, reach)
     else:
         _bars(axes, outcomes.blocked[outcomes.harmful & stopped], -0.2, "harmful", _RED)
         _bars(axes, outcomes.blocked[~outcomes.harmful & stopped], 0.2, "harmless", _GREY)

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from midstream.measure.bootstrap import ratio
 from midstream.measure.conversations import Conversation
 from midstream.measure.turn_metrics import Outcomes
+from midstream.turn_decision import TurnDecision
 from midstream.turn_history import content_of
 from midstream.turn_model import TurnModel
-from midstream.turns import TurnDecision, TurnGate
+from midstream.turns import TurnGate
 
 Floats = NDArray[np.float64]
 

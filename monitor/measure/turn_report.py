@@ -13,7 +13,8 @@ from midstream.measure.conversations import Conversation
 from midstream.measure.turn_metrics import figures
 from midstream.measure.turn_plots import Talk, block_timing, merit_by_threshold, risk_over_turns
 from midstream.measure.turn_replay import BASELINES, Scored, baseline_scores, replay_gate
-from midstream.turns import TurnDecision, TurnGate
+from midstream.turn_decision import TurnDecision
+from midstream.turns import TurnGate
 
 _DRAWN = 6  # conversations
 
@@ -66,6 +67,11 @@ def replay_files(
     ]
     files["risk.svg"] = risk_over_turns(_chosen(talks), gate.policy.block_at)
     metrics["limits"] = _limits([conversations[n] for n in labelled], len(conversations))
+    if "data" in about and f"from {about['data']}" in gate.policy.provenance:
+        metrics["limits"].append(
+            f"The gate was fitted on a file of this name, {about['data']}: if it is the same one, "
+            "the figures are of the very conversations that it learned from."
+        )
     if labelled:
         risks = [np.array([d.risk for d in turns]) for turns in decisions]
         scores = {"gate": risks}
@@ -136,7 +142,8 @@ def _limits(known: Sequence[Conversation], conversations: int) -> list[str]:
         limits.append(
             f"{unplaced} harmful conversations do not say at which turn the harm is complete: "
             "miss, early, l1, phi1, phi2 and f1phi2 cannot be computed. `detected` counts a block "
-            "at any turn, were it too early or too late."
+            "at any turn, were it too early or too late, and longer conversations have more turns "
+            "to be blocked at: compare with turn_number, which reads nothing but the length."
         )
     return limits
 

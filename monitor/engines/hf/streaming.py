@@ -24,7 +24,8 @@ from midstream.engines.hf.checks import (
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
 from midstream.streams import Event, Phase, Session, StreamReport
-from midstream.turns import Turn, TurnGate
+from midstream.turn_decision import Turn
+from midstream.turns import TurnGate
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -96,7 +97,9 @@ def stream(
     gate : TurnGate, optional
         Of the monitor's bundle. The response, or the tail that its policy names, waits until the
         gate has passed it and its ledger knows of it; a ``verdict`` event says so. A response that
-        is withheld ends with ``halted``, whose message is the gate's explanation.
+        is withheld ends with ``halted``, whose message is the gate's explanation. What has left
+        before, where only the tail waits, is written down as the turn that it is, also when the
+        reader closes the iterator or generation fails.
     conversation : str, optional
         Its id, with a gate; the prompt is its history, as chat messages, then.
     generate_options
@@ -127,7 +130,7 @@ def stream(
     room = window(model)
     if room is not None:
         max_new_tokens = min(max_new_tokens, room - input_ids.shape[1])
-    gated = _gated(gate, conversation, prompt, monitor, max_new_tokens)
+    gated = _gated(gate, conversation, prompt, monitor, input_ids.shape[1], max_new_tokens)
     prior = gated.turn.token_prior if gated else None
     attachment = Attachment(
         monitor,
@@ -160,14 +163,17 @@ def stream(
 
     worker = threading.Thread(target=generate, name="midstream-generate", daemon=True)
     worker.start()
+    given: list[str] = []
     try:
         while (item := front.events.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            given.append(item.text or "")
             yield item
     finally:
         front.reader_gone.set()
         worker.join()
+        front.abandon("".join(given))
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,7 @@ def _gated(
     conversation: str | None,
     prompt: Prompt,
     monitor: Monitor,
+    prompt_tokens: int,
     max_new_tokens: int,
 ) -> _Gated | None:
     if gate is None and conversation is None:
@@ -197,10 +204,13 @@ def _gated(
             f"{monitor.bundle.hash}; build both from one bundle"
         )
     kept = monitor.slots.trace_position.shape[1]
-    if kept < max_new_tokens + 1:
+    read, what = max_new_tokens + 1, "whole responses"
+    if monitor.chain.prompt_edges:
+        read, what = read + prompt_tokens, "prompts and whole responses"
+    if kept < read:
         raise UnsupportedGenerationError(
-            f"the gate reads whole responses, of up to {max_new_tokens} tokens, and the monitor "
-            f"keeps {kept}; build it with trace={max_new_tokens + 1}"
+            f"the gate reads {what}, here of up to {read - 1} tokens, and the monitor keeps "
+            f"{kept}; build it with trace={read}"
         )
     return _Gated(gate, gate.open(conversation, prompt))
 
@@ -232,6 +242,7 @@ class _Front(LogitsProcessor):
         self._shown = 0  # characters
         self._length = 0
         self._session: Session[int] | None = None
+        self._told_gate = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.reader_gone.is_set():
@@ -306,13 +317,15 @@ class _Front(LogitsProcessor):
         halted = self._session.phase == Phase.HALTED
         decision = gate.judge(gated.turn, report, halted=halted)
         decode = self._tokenizer.backend_tokenizer.decode
+        self._told_gate = True
         if decision.delivers or not enforces:
             given = decode(self._released + self._session.hold_back.leaving)
+            decision = gate.commit(gated.turn, decision, given, delivered=True)
         else:
             message = self.attachment.monitor.policy.on_halt.message
-            given = decode(self._released)[: self._shown] or message or ""
-        delivered = None if enforces else not halted
-        decision = gate.commit(gated.turn, decision, given, delivered=delivered)
+            decision = gate.commit(gated.turn, decision, message or "")
+            if head := decode(self._released)[: self._shown]:
+                self._write_head(gated, report, head)
         facts = {"risk": decision.risk, "message": decision.explanation}
         if decision.delivers or not enforces:
             said = "CONTINUE" if decision.delivers else "HALT"
@@ -321,6 +334,18 @@ class _Front(LogitsProcessor):
         for event in self._session.withhold(cause=f"turn gate: {decision.cause}", **facts):
             self.put(event)
         return False
+
+    def abandon(self, given: str) -> None:
+        """Write down what a stream gave that ended before the gate was asked."""
+        if self._gated is not None and given and not self._told_gate:
+            self._write_head(self._gated, self.attachment.reports[0], given)
+
+    def _write_head(self, gated: _Gated, report: StreamReport, given: str) -> None:
+        """Write down the part of a response that the client has, as the turn that it is."""
+        assert self._session is not None
+        released = self._session.hold_back.released
+        head = gated.gate.judge(gated.turn, report, tokens=released)
+        gated.gate.commit(gated.turn, head, given, delivered=True)
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that generation failed: an event, then the exception itself."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from midstream.chain import Chain, ChainError
 from midstream.learn.chains.em import fit_em
-from midstream.learn.chains.filtering import Array, known_to_violate, log_likelihood
+from midstream.learn.chains.filtering import Array, log_likelihood
+from midstream.learn.chains.packing import known_to_violate
 from midstream.learn.chains.symbols import SymbolStream
 
 Fit = Callable[[Sequence[SymbolStream]], Chain]
@@ -121,7 +122,7 @@ def _folds(
     if folds < 2 or violates.sum() < folds or (~violates).sum() < folds:
         raise ChainError(
             f"folds: {folds} need 2 or more, and as many streams that violate and that do not; "
-            f"there are {violates.sum()} and {(~violates).sum()}"
+            f"there are {violates.sum()} and {(~violates).sum()}: give more, or say how many states"
         )
     fold = np.empty(len(streams), dtype=np.int64)
     for group in (violates, ~violates):

@@ -65,15 +65,19 @@ class Counts:
     def posterior(self, prior_count: float) -> Posterior:
         """What is known of moves and endings after these counts.
 
-        The prior of the moves is centred on where the transient states go at all: a uniform one
-        would find it as likely that a calm stream jumps into a bin only violated streams are in as
-        that it violates. That of the endings is uniform.
+        Both priors are centred on what the transient states do together. A uniform one would find
+        it as likely that a calm stream jumps into a bin only violated streams are in as that it
+        violates, and that a stream ends at a token of a rare state as that it goes on.
         """
         if prior_count < 0:
             raise ChainError(f"prior_count: expected 0 or more, got {prior_count}")
-        pooled = self.moves[: self.states].sum(axis=0) + 1 / (self.states + 1)
-        moves = self.moves + prior_count * pooled / pooled.sum()
-        return Posterior(moves, self.ends_or_goes_on + prior_count / 2)
+        moves, ends = self.moves, self.ends_or_goes_on
+        together = moves[: self.states].sum(axis=0) + 1 / (self.states + 1)
+        end_or_go_on = ends[: self.states].sum(axis=0) + 1 / 2
+        return Posterior(
+            moves + prior_count * together / together.sum(),
+            ends + prior_count * end_or_go_on / end_or_go_on.sum(),
+        )
 
     def tables(self) -> dict[str, Array]:
         """Counts of every table of a chain by its name; ``ending`` is [K+1, 2], as above.
@@ -148,8 +152,8 @@ def fit_symbols_by_counts(
 ) -> Chain:
     """Fit a chain whose transient states are the evidence bins, at any clock.
 
-    Counts with a Dirichlet prior of total weight ``prior_count`` per row; that of the transitions
-    is centred on the transitions of all states together, every other one is uniform. A transient
+    Counts with a Dirichlet prior of total weight ``prior_count`` per row; those of transitions and
+    endings are centred on what all states do together, every other one is uniform. A transient
     state emits its own bin; V emits the bins seen at violated tokens. The state of the first token
     stands for the state before it.
 

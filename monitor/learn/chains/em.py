@@ -26,13 +26,8 @@ from midstream.learn.chains.em_steps import (
     parameters_of,
     uniform,
 )
-from midstream.learn.chains.filtering import (
-    PackedStreams,
-    Parameters,
-    check_bins,
-    known_to_violate,
-    pack,
-)
+from midstream.learn.chains.filtering import Parameters
+from midstream.learn.chains.packing import PackedStreams, check_bins, known_to_violate, pack
 from midstream.learn.chains.starts import assign_states
 from midstream.learn.chains.symbols import SymbolStream
 

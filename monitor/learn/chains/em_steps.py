@@ -8,13 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.learn.chains.filtering import (
-    LARGEST_ENDING,
-    Array,
-    PackedStreams,
-    Parameters,
-    smooth,
-)
+from midstream.learn.chains.filtering import LARGEST_ENDING, Array, Parameters, smooth
+from midstream.learn.chains.packing import PackedStreams
 
 _NEVER_ZERO = 1e-9
 """Share of a probability that is left of it at least, however far it is extrapolated."""

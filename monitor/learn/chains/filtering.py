@@ -5,9 +5,8 @@ stream went on (``1 - c``), where it moved (``A``) and what its bin was; ``c`` o
 says that the stream ended. Streams without a token are never seen, so likelihoods are given that
 there is a first one: they do not hold it for evidence about ``c``.
 
-Streams are packed as recurrent networks pack them: token by token, the longest streams first, so
-that those which still run are always the first rows and nothing is padded. Time and memory are
-linear in tokens, about 0.2 us a token in each direction with 6 states.
+Streams go through it packed (`midstream.learn.chains.packing`). Time and memory are linear in
+tokens, about 0.2 us a token in each direction with 6 states.
 """
 
 from __future__ import annotations
@@ -19,114 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midstream.chain import EMISSION_FLOOR, Chain, ChainError
+from midstream.learn.chains.packing import TRANSIENT, VIOLATED, PackedStreams, check_bins, pack
 from midstream.learn.chains.symbols import SymbolStream
 
 Array = NDArray[np.float64]
-Indices = NDArray[np.int64]
 
 LARGEST_ENDING = 1 - 1e-6
 """Largest ``c``: a stream that went on has to be somewhere."""
-
-_PART_TOKENS = 1 << 14  # filtered together: what they need stays in the cache
-
-_UNKNOWN, _TRANSIENT, _VIOLATED = -1, 0, 1
-
-
-@dataclass(frozen=True)
-class PackedStreams:
-    """E streams of N tokens, token by token: first every stream's first token, and so on.
-
-    Attributes
-    ----------
-    index : int64 [E]
-        Which of the streams given each is; the longest come first.
-    live : int64 [T]
-        How many streams have so many tokens at least; never rises.
-    bins : int64 [N]
-        Row ``live[:t].sum() + e`` is token t of stream e.
-    label : int8 [N]
-        1 for a token known as violated, 0 for one known as not, -1 otherwise.
-    prompt_bins : int64 [E]
-    ended : bool [E]
-    """
-
-    index: Indices
-    live: Indices
-    bins: Indices
-    label: NDArray[np.int8]
-    prompt_bins: Indices
-    ended: NDArray[np.bool_]
-
-    @property
-    def begins(self) -> Indices:
-        """First row of each token, and the number of rows; [T + 1]."""
-        return np.concatenate([[0], np.cumsum(self.live)])
-
-    @property
-    def stream(self) -> Indices:
-        """Which stream, of these, each row belongs to; [N]."""
-        return np.arange(len(self.bins)) - np.repeat(self.begins[:-1], self.live)
-
-    @property
-    def last(self) -> Indices:
-        """Row of the last token of each stream, [E]."""
-        streams = np.arange(len(self.index))
-        lengths = np.searchsorted(-self.live, -streams, side="left")
-        return np.asarray(self.begins[lengths - 1] + streams, dtype=np.int64)
-
-    @property
-    def before(self) -> Indices:
-        """Row of the token before each token, in an array with one row per stream in front."""
-        begins = np.concatenate([[0], len(self.index) + self.begins[:-2]])
-        return np.repeat(begins, self.live) + self.stream
-
-
-def pack(streams: Sequence[SymbolStream]) -> list[PackedStreams]:
-    """Pack streams of like length into parts that are filtered together.
-
-    A stream that is known not to violate is labelled at every token, one that does at the last,
-    since *violated* is absorbing.
-    """
-    lengths = np.array([len(stream.bins) for stream in streams], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    part = (np.cumsum(lengths[order]) - lengths[order]) // _PART_TOKENS
-    return [_pack(streams, order[part == p]) for p in np.unique(part)]
-
-
-def _pack(streams: Sequence[SymbolStream], index: Indices) -> PackedStreams:
-    chosen = [streams[e] for e in index]
-    lengths = np.array([len(stream.bins) for stream in chosen])
-    live = len(lengths) - np.searchsorted(np.sort(lengths), np.arange(lengths[0]), side="right")
-    begins = np.concatenate([[0], np.cumsum(live)])
-    token = np.concatenate([np.arange(length) for length in lengths])
-    row = begins[token] + np.repeat(np.arange(len(chosen)), lengths)
-    bins = np.empty(len(row), dtype=np.int64)
-    label = np.empty(len(row), dtype=np.int8)
-    bins[row] = np.concatenate([stream.bins for stream in chosen])
-    label[row] = np.concatenate([_labels(stream) for stream in chosen])
-    return PackedStreams(
-        index=index,
-        live=live,
-        bins=bins,
-        label=label,
-        prompt_bins=np.array([stream.prompt_bin for stream in chosen]),
-        ended=np.array([stream.ended for stream in chosen]),
-    )
-
-
-def _labels(stream: SymbolStream) -> NDArray[np.int8]:
-    if stream.violated is not None:
-        return stream.violated.astype(np.int8)
-    everywhere = _TRANSIENT if stream.violates is False else _UNKNOWN
-    label = np.full(len(stream.bins), everywhere, dtype=np.int8)
-    if stream.violates:
-        label[-1] = _VIOLATED
-    return label
-
-
-def known_to_violate(stream: SymbolStream) -> bool:
-    """Whether the labels, of the tokens or of the stream, say that it violates."""
-    return stream.violates is True or (stream.violated is not None and bool(stream.violated[-1]))
 
 
 @dataclass(frozen=True)
@@ -163,8 +61,8 @@ class Parameters:
     def evidence(self, packed: PackedStreams) -> Array:
         """P(bin of each token | state), 0 for the states that its label rules out; [N, K+1]."""
         found = self.emission.T[packed.bins]
-        found[packed.label == _TRANSIENT, -1] = 0
-        found[packed.label == _VIOLATED, :-1] = 0
+        found[packed.label == TRANSIENT, -1] = 0
+        found[packed.label == VIOLATED, :-1] = 0
         return found
 
 
@@ -357,15 +255,3 @@ def _by_stream(packed: PackedStreams, rows: Array) -> Iterator[tuple[int, Array]
     begins = np.concatenate([[0], streams + packed.begins[:-1]])
     for e, (index, length) in enumerate(zip(packed.index, lengths, strict=True)):
         yield int(index), rows[begins[: length + 1] + e]
-
-
-def check_bins(streams: Sequence[SymbolStream], bins: int, prompt_bins: int) -> None:
-    """Refuse streams whose bins lie outside of ``bins`` and ``prompt_bins``, and no streams."""
-    if len(streams) == 0:
-        raise ChainError("streams: expected at least one")
-    for e, stream in enumerate(streams):
-        if stream.bins.max() >= bins or stream.prompt_bin >= prompt_bins:
-            raise ChainError(
-                f"stream {e}: has bin {stream.bins.max()} and prompt bin {stream.prompt_bin}; "
-                f"expected them below {bins} and {prompt_bins}"
-            )

@@ -7,25 +7,24 @@ from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
 from typing import Any, Literal
-from urllib.parse import quote
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from midstream.chain import Chain, ChainError, faults_by_key
+from midstream.chain import Chain, ChainError
 from midstream.learn.chains.categories import fit_categories
 from midstream.learn.chains.choice import StatesChoice, choose_states
 from midstream.learn.chains.counts import Posterior, chain_of, count
 from midstream.learn.chains.em import fit_em
-from midstream.learn.chains.filtering import as_served, known_to_violate, log_likelihood
+from midstream.learn.chains.filtering import as_served, log_likelihood
 from midstream.learn.chains.intervals import (
     DRAWS,
     LEVEL,
-    RiskIntervals,
     risk_intervals,
     violation_frequencies,
 )
 from midstream.learn.chains.order import order_test
+from midstream.learn.chains.packing import known_to_violate
+from midstream.learn.chains.report import Bands, CategoryReport, FitReport, category_file
 from midstream.learn.chains.symbols import SymbolStream
 
 By = Literal["counts", "em"]
@@ -40,104 +39,11 @@ CANDIDATES = (1, 2, 3, 4, 5, 6)
 """Numbers of latent states that EM chooses from where nobody says how many."""
 
 PRIOR_COUNT = 1.0
-SCHEMA_VERSION = 1
 POOLED = ""
 """The category of streams without one; they teach the pooled chain alone."""
 
 _HELD_OUT = 0.2
 _CHOICE_RESTARTS = 3  # each candidate is fitted once per fold
-
-
-class Bands(BaseModel):
-    """A `midstream.learn.chains.intervals.RiskIntervals` as it is stored; rows are horizons."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    horizons: list[int]
-    mean: list[list[float]]
-    low: list[list[float]]
-    high: list[list[float]]
-
-    @classmethod
-    def of(cls, found: RiskIntervals) -> Bands:
-        """Store arrays."""
-        return cls(**{name: array.tolist() for name, array in asdict(found).items()})
-
-    def at(self, horizon: int) -> tuple[list[float], list[float]] | None:
-        """Low and high of every state, or None at a horizon that is not kept."""
-        if horizon not in self.horizons:
-            return None
-        row = self.horizons.index(horizon)
-        return self.low[row], self.high[row]
-
-
-class CategoryReport(BaseModel):
-    """One category: the file of its chain, its streams, and the intervals of its risks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str
-    streams: int
-    intervals: Bands
-
-
-class FitReport(BaseModel):
-    """What ``fit.json`` holds beside a ``chain.json``.
-
-    Attributes
-    ----------
-    by : str
-        "counts" or "em".
-    clock : str
-        What a token of the chain is: "token", "turn" or "step".
-    streams, tokens, violating : int
-    level, draws, seed
-        Of the intervals.
-    intervals : Bands, optional
-        Credible intervals of the horizon risks; only where states were counted.
-    frequencies : dict, optional
-        `midstream.learn.chains.intervals.Frequencies` of the same streams.
-    order_test : dict, optional
-        `midstream.learn.chains.order.OrderTest`.
-    held_out : dict
-        Streams and tokens held out, and the log-likelihood per token (natural log) that the pooled
-        chain and those of the categories, fitted to the rest, give them.
-    categories : dict of str to CategoryReport
-    concentration : dict
-        See `midstream.learn.chains.categories.CategoryChains`; None where it is infinite.
-    em : dict, optional
-        How EM went.
-    notes : dict
-        Where the streams come from, and what was left out of them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
-    by: str
-    clock: str
-    streams: int
-    tokens: int
-    violating: int
-    level: float
-    draws: int
-    seed: int
-    intervals: Bands | None
-    frequencies: dict[str, Any] | None
-    order_test: dict[str, Any] | None
-    held_out: dict[str, Any]
-    categories: dict[str, CategoryReport]
-    concentration: dict[str, float | None]
-    em: dict[str, Any] | None
-    notes: dict[str, Any]
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "fit.json") -> FitReport:
-        """Parse and validate; a ChainError names each key at fault."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ChainError(f"{source}: {faults_by_key(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -157,11 +63,6 @@ class Fit:
         return {name: chain.to_json().encode() for name, chain in files.items()} | {
             "fit.json": (self.report.model_dump_json(indent=1) + "\n").encode()
         }
-
-
-def category_file(category: str) -> str:
-    """Name of the file of a category's chain; what a file name cannot hold is percent-encoded."""
-    return f"chain-{quote(category, safe='')}.json"
 
 
 def fit_streams(
@@ -208,7 +109,7 @@ def fit_streams(
     if not streams:
         raise ChainError("fit: no stream given")
     if by == "counts" and states is not None:
-        raise ChainError("states: by counts the bins are the states; choose the edges instead")
+        raise ChainError("states: by counts the bins are the states; give it to EM")
     if by == "em" and categories:
         raise ChainError("categories: chains per category are fitted by counts")
     choice = None

@@ -14,6 +14,9 @@ from midstream.measure.recording import Recording, RecordingError
 from midstream.measure.recording_file import refuse_existing
 from midstream.measure.rejudge import check_probes
 
+PLOTTED = 32
+"""Tokens that the plots look ahead."""
+
 
 def fit_recording(
     paths: Sequence[Path],
@@ -87,10 +90,8 @@ def fit_recording(
         },
     )
     bands = fit.report.intervals and bands_of(fit.report.intervals, PLOTTED)
-    plots = chain_plots(fit.chain, bands=bands or None, tokens=PLOTTED)
+    plots = chain_plots(
+        fit.chain, bands=bands or None, tokens=PLOTTED, never_seen=fit.report.never_seen
+    )
     write_folder(out, {**fit.files(), **plots})
     return fit
-
-
-PLOTTED = 32
-"""Tokens that the plots look ahead."""

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midstream.bundle import Bundle
-from midstream.chain import Array, ChainError
+from midstream.chain import ChainError
 from midstream.learn.chains.counts import ObservedStream
 from midstream.learn.chains.symbols import SymbolStream
-from midstream.measure.evidence import evidence_curves
+from midstream.measure.evidence import log_hazards
 from midstream.measure.outcomes import Outcomes
 from midstream.measure.recording import Judgement, Recording
 
@@ -37,7 +37,7 @@ class Observed:
         False where the violation was dated so.
     unscored : int
         Response tokens without a score in these streams: their evidence is that of the token
-        before, and those that are not in the recording are passed over.
+        before, and those before the first recorded one are passed over.
     """
 
     streams: list[ObservedStream]
@@ -106,30 +106,28 @@ def observe(
         When no response is known to violate.
     """
     outcomes = Outcomes.of(recording, _unjudged(recording), hazards)
-    evidence = evidence_curves(recording, bundle).astype(np.float64)
-    risks = np.logaddexp(0.0, evidence - bundle.bank.evidence_table().center.numpy())
-    reads = np.array([probe.reads == "response" for probe in bundle.bank.heads])
-    of_response: Array = risks[:, reads].sum(axis=1)
-    of_prompt: Array = risks[:, ~reads].sum(axis=1)
-    scored = np.asarray(np.isfinite(recording.logits[:, reads]).all(axis=1))
+    hazard = log_hazards(recording, bundle)
     streams, index, located, missing = [], [], [], 0
     for e, truth in enumerate(outcomes.truth):
-        rows = slice(int(recording.starts[e]), int(recording.starts[e + 1]))
-        response = outcomes.position[rows] >= 0
-        risk = of_response[rows][response]
-        if truth < 0 or not len(risk):
+        rows = np.arange(recording.starts[e], recording.starts[e + 1])
+        rows = rows[outcomes.position[rows] >= 0]
+        if truth < 0 or not len(rows):
             continue
+        missing += int(outcomes.tokens[e]) - int(hazard.scored[rows].sum())
+        position = outcomes.position[rows]
+        gaps = np.diff(position, append=position[-1] + 1)
+        rows = np.repeat(rows, gaps)
+        risk = hazard.token[rows]
         shown = np.zeros(len(risk), dtype=bool)
         if not response_labels:
-            shown |= outcomes.label[rows][response] == 1
+            shown |= outcomes.label[rows] == 1
         located.append(bool(shown.any() or not truth))
         if not located[-1]:
             shown[risk.argmax()] = True
-        prompt = float(of_prompt[rows][~response][-1:].sum())
         violated = np.maximum.accumulate(shown)
+        prompt = float(hazard.prompt[e])
         streams.append(ObservedStream(risk, violated, bool(recording.ended[e]), prompt))
         index.append(e)
-        missing += int(outcomes.tokens[e]) - int((response & scored[rows]).sum())
     if not any(stream.violated.any() for stream in streams):
         raise ChainError(
             f"no response is known to show {', '.join(map(repr, hazards))}, so nothing can be "

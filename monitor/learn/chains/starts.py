@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.learn.chains.filtering import Array, Indices, PackedStreams
+from midstream.learn.chains.filtering import Array
+from midstream.learn.chains.packing import Indices, PackedStreams
 
 _SMOOTHING = 0.5  # weight of the new token in the average that quantiles and k-means group
 _K_MEANS_STEPS = 20
