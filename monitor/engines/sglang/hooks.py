@@ -129,7 +129,7 @@ class _AsTransformers(nn.Module):
         weight = decoder.embed_tokens.weight.detach()
         if len(weight) < self.config.vocab_size:
             weight = _gather(weight)
-        self._table = nn.Embedding.from_pretrained(weight[: self.config.vocab_size])
+        self._table: nn.Embedding = nn.Embedding.from_pretrained(weight[: self.config.vocab_size])
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self._table
