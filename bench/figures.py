@@ -159,6 +159,10 @@ BENCHES: dict[str, tuple[str, dict[str, tuple[str, str | None]]]] = {
         {"turn_gate_f1phi2_vs_oracle": ("ratio to the oracle", "≥ 0.9")},
     ),
     "gate": ("python bench/action_gate.py --only-time", {"action_gate_p99_us": ("us", "≤ 200")}),
+    "batching": (
+        "python bench/hf_batching.py",
+        {"hf_batching_tpot_ratio": ("ratio", "≤ 1.01")},
+    ),
     "ledger": (
         "python bench/ledger.py",
         {"ledger_updates_per_second": ("turns per second", "≥ 2000")},
