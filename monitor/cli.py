@@ -19,6 +19,7 @@ from midstream.commands.replay import replay
 from midstream.commands.score import score
 from midstream.commands.testbed import build_testbed, sample_testbed
 from midstream.commands.train import train
+from midstream.commands.vllm import serve
 from midstream.commands.watch import watch
 
 app = typer.Typer(
@@ -33,12 +34,17 @@ testbed_app = typer.Typer(
     help="The testbed: a small language whose rule, model and Bayes oracle are known.",
     no_args_is_help=True,
 )
+vllm_app = typer.Typer(help="The monitor inside vLLM.", no_args_is_help=True)
 COMMANDS = (demo, watch, score, collect, train, evaluate, record, replay, inspect, doctor)
 for command in COMMANDS:
     app.command()(command)
 testbed_app.command("build")(build_testbed)
 testbed_app.command("sample")(sample_testbed)
 app.add_typer(testbed_app, name="testbed")
+vllm_app.command(
+    "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(serve)
+app.add_typer(vllm_app, name="vllm")
 
 
 def main() -> None:
