@@ -175,7 +175,6 @@ def references(count: int, lengths: tuple[int, ...] = (16, 40, 80, 120)) -> list
                 halted,
             )
         )
-    assert {reference.finish_reason for reference in found} >= {"content_filter", "length"}
     return found
 
 

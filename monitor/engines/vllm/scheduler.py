@@ -26,7 +26,7 @@ from midstream.engines.vllm.watch import JUDGEMENTS, Judgement
 from midstream.kernels.tables import Verdict
 from midstream.streams import Session
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.midstream")  # below the logger that vLLM gives a handler
 
 _ONCE = ("prefill_stats", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs")
 
@@ -125,7 +125,7 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         leaving, events = session.judge(position, verdict, judgement.risk, judgement.cause)
         for event in events:
             if event.type == "halted":
-                logger.info("midstream: %s", event.model_dump_json(exclude_none=True))
+                logger.info("%s", event.model_dump_json(exclude_none=True))
         tokens = _tokens(output)
         # What ends a stream is no text; it leaves with the last of it.
         end = [tokens.pop()] if output.finish_reason == FinishReason.STOP and tokens else []
