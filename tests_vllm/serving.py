@@ -1,4 +1,4 @@
-"""Start a server, ask it through the official client, and the Hugging Face engine for comparison."""
+"""Start a server, ask it through the official client; the Hugging Face engine for comparison."""
 
 from __future__ import annotations
 
@@ -202,9 +202,7 @@ async def ask(
         text = choice.message.content if chat else choice.text
         return Answer(text or "", choice.finish_reason, reply.usage.completion_tokens)
     answer = Answer("", None, 0)
-    async for part in await create(
-        **options, stream=True, stream_options={"include_usage": True}
-    ):
+    async for part in await create(**options, stream=True, stream_options={"include_usage": True}):
         for choice in part.choices:
             answer.text += (choice.delta.content if chat else choice.text) or ""
             answer.finish_reason = choice.finish_reason or answer.finish_reason

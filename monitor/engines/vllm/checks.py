@@ -74,6 +74,10 @@ def check_config(config: Any) -> None:
             )
     if parallel.enable_dbo:
         _refuse("--enable-dbo runs a step as two interleaved passes", "leave it out")
+    if parallel.enable_batch_sharded_sampling:
+        _refuse(
+            "--enable-batch-sharded-sampling gives every rank a part of the rows", "leave it out"
+        )
     if config.kv_transfer_config is not None:
         _refuse(
             "--kv-transfer-config brings prompts that were computed elsewhere, unwatched",

@@ -30,9 +30,11 @@ def _read(hidden: Tensor, residual: Tensor | None, reader: int) -> None:
 _LIBRARY.impl("tap", _read, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("midstream_vllm::tap", lib=_LIBRARY)
-def _(hidden: Tensor, residual: Tensor | None, reader: int) -> None:
+def _trace(hidden: Tensor, residual: Tensor | None, reader: int) -> None:
     return None
+
+
+torch.library.register_fake("midstream_vllm::tap", _trace, lib=_LIBRARY)
 
 
 def attach_taps(model: nn.Module, taps: Sequence[Tap], read: Read) -> None:

@@ -41,7 +41,7 @@ class Runner(Protocol):
     """What the worker needs of a model runner."""
 
     def attach(self, taps: tuple[Tap, ...], read: Read) -> None:
-        """Let ``read(tap, hidden [rows, d])`` be called for the steps that follow."""
+        """Let ``read(tap, hidden [rows, d])`` be called in every step, the latest by `batch`."""
 
     def batch(self, scheduler_output: Any) -> Batch:
         """Return what the forward pass just ran, called before the step is sampled."""

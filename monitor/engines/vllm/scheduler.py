@@ -145,7 +145,7 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         return True
 
 
-class MonitoredAsyncScheduler(MonitoredScheduler, AsyncScheduler):
+class MonitoredAsyncScheduler(MonitoredScheduler, AsyncScheduler):  # type: ignore[misc]
     """The same, one step ahead of the device."""
 
 

@@ -72,7 +72,10 @@ class Watch:
 
     @contextmanager
     def step(self, scheduler_output: Any) -> Iterator[None]:
-        """Surround a forward pass: streams that ended leave, new ones come, rows are read."""
+        """Surround a forward pass: streams that ended leave, new ones come, rows are read.
+
+        They are until :meth:`judge`: some runners hand them over only then.
+        """
         for request in scheduler_output.finished_req_ids:
             self._retire(request)
         for new in scheduler_output.scheduled_new_reqs:
@@ -82,10 +85,9 @@ class Watch:
         try:
             yield
         except BaseException:
+            self._running = False
             self.monitor.discard()
             raise
-        finally:
-            self._running = False
 
     def judge(self, scheduler_output: Any) -> Callable[[], dict[str, Judgement]]:
         """Fold the rows of the pass that just ran, before it is sampled.
@@ -101,6 +103,7 @@ class Watch:
             When the rows that were read are not those that were scheduled.
         """
         batch = self._batch = self._runner.batch(scheduler_output)
+        self._running = False
         total, observed = int(batch.rows.sum()), self.monitor.observed_rows
         if not total <= observed:
             raise UnsupportedEngineError(
@@ -125,34 +128,34 @@ class Watch:
             stream.next = max(stream.next, end + 1)
         return self._read_back(batch.requests, last)
 
-    def force_end(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+    def force_end(self, logits: Tensor) -> Tensor:
         """Leave only the end of sequence possible on halted rows; the others stay as they are.
 
         Parameters
         ----------
-        logits : [rows, vocabulary]
-        rows : int [rows], optional
-            Request of each row, by its place in the batch; one row per request when not given.
+        logits : [B, vocabulary]
+            One row for each request of the step, in its order.
         """
         if self._batch is None:
             return logits  # a dummy run of the engine
-        slots = self._slots
-        if rows is None and len(logits) != len(slots):
+        slots, device = self._slots, self.monitor.device
+        if len(logits) != len(slots):
             raise UnsupportedEngineError(
                 f"{len(logits)} rows of logits for {len(slots)} requests: rows cannot be told "
                 "apart; start vLLM without what samples several rows of a request"
             )
-        verdicts = self.monitor.slots.verdict
-        if self.monitor.device.type == "cpu":
-            # A look at the table's own memory saves a pass over [rows, vocabulary].
-            if _HALT_BYTE not in self.monitor.slots.host.verdict[slots].tobytes():
-                return logits
-        halted = verdicts[to_device(slots, self.monitor.device).long()] == _HALT
-        if rows is not None:
-            halted = halted[rows]
+        # On the CPU a look at the table's own memory saves a pass over [rows, vocabulary].
+        on_host = device.type == "cpu"
+        if on_host and _HALT_BYTE not in self.monitor.slots.host.verdict[slots].tobytes():
+            return logits
+        halted = self.monitor.slots.verdict[to_device(slots, device).long()] == _HALT
         logits.masked_fill_(halted[:, None], -torch.inf)
         logits[:, self.end_token].masked_fill_(halted, 0.0)
         return logits
+
+    def sampled(self) -> None:
+        """Note that the step is over: rows that are sampled from now on are none of its own."""
+        self._batch = None
 
     def status(self) -> dict[str, Any]:
         """Return counts for operators and tests: slots in use, and what retired streams came to."""

@@ -79,6 +79,7 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
         """Judge what was fed, then sample; the judgements leave with the tokens."""
         read = self.watch.judge(self._scheduled)
         output = super().sample_tokens(grammar_output)
+        self.watch.sampled()
         if isinstance(output, AsyncModelRunnerOutput):
             return _JudgedLater(output, read)
         return _judged(output, read())
