@@ -132,3 +132,12 @@ def test_serve_refuses_what_takes_its_seams(rest, message, tmp_path):
     toy.bundle().save(tmp_path / "bundle")
     with pytest.raises(SettingsError, match=message):
         serve_arguments("MODEL", tmp_path / "bundle", rest)
+
+
+def test_serve_refuses_an_environment_without_the_plugin(tmp_path, monkeypatch):
+    toy.bundle().save(tmp_path / "bundle")
+    monkeypatch.setenv("VLLM_PLUGINS", "other,midstream")
+    serve_arguments("MODEL", tmp_path / "bundle", [])
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(SettingsError, match="VLLM_PLUGINS=other leaves midstream's plugin out"):
+        serve_arguments("MODEL", tmp_path / "bundle", [])

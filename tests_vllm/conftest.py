@@ -11,3 +11,7 @@ def server(tmp_path_factory):
     """The monitored server that most tests share."""
     with Server(tmp_path_factory.mktemp("monitored")) as running:
         yield running
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", type=int, default=100, help="requests of the soak; 2000 in earnest")

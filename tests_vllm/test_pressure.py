@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import urllib.request
 
 import pytest
-from serving import Server, ask_all, assert_as_reference, references
+from serving import Server, ask, ask_all, assert_as_reference, references
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +43,36 @@ def test_a_prefix_from_the_cache_is_counted_as_unscored(cramped):
     hits = counted(cramped, "vllm:prefix_cache_hits_total")
     assert hits > 0
     assert cramped.idle_status()["unscored"] - before == hits
+
+
+def test_soak(cramped, request):
+    """Random lengths and ways, clients that leave, prompts seen before: nothing is left behind."""
+    count = request.config.getoption("soak")
+    draw = random.Random(0)
+    asked = [draw.choice(references(48)) for _ in range(count)]
+    before = cramped.idle_status()
+
+    async def run():
+        gate = asyncio.Semaphore(24)  # more than there are slots
+        async with cramped.async_client() as client:
+
+            async def one(number, reference):
+                chat, stream, patience = number % 2 == 0, number % 3 != 0, draw.uniform(0.05, 1.0)
+                async with gate:
+                    answer = ask(client, reference, chat=chat, stream=stream)
+                    if number % 5:
+                        return await answer
+                    try:
+                        return await asyncio.wait_for(answer, patience)
+                    except TimeoutError:
+                        return None
+
+            return await asyncio.gather(*(one(n, r) for n, r in enumerate(asked)))
+
+    answers = asyncio.run(run())
+    stayed = [n for n, answer in enumerate(answers) if answer is not None]
+    assert len(stayed) < count
+    assert_as_reference([asked[n] for n in stayed], [answers[n] for n in stayed])
+    after = cramped.idle_status()
+    assert after["retired"] - before["retired"] <= count
+    assert counted(cramped, "vllm:num_preemptions_total") > 0

@@ -32,7 +32,8 @@ def serve_arguments(model: str, bundle: Path, rest: list[str]) -> list[str]:
     Raises
     ------
     SettingsError
-        Where ``rest`` names a seam that the monitor needs, or a config that cannot be extended.
+        Where ``rest`` names a seam that the monitor needs, or a config that cannot be extended, and
+        where the environment leaves the plugin out.
     BundleError
         Where there is no whole bundle.
     """
@@ -50,6 +51,12 @@ def serve_arguments(model: str, bundle: Path, rest: list[str]) -> list[str]:
                 f"{option} is given: the monitor needs that seam itself. Leave it out, or start "
                 "`vllm serve` by hand as docs/vllm.md shows"
             )
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and KEY not in plugins.split(","):
+        raise SettingsError(
+            f"VLLM_PLUGINS={plugins} leaves midstream's plugin out, so clients would not be told "
+            "of a halt; unset it, or name midstream in it"
+        )
     config, rest = _take_config(rest)
     folder = bundle.resolve()
     config[KEY] = {"bundle": str(folder), "hash": load_bundle(folder).hash}
