@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 
 from midstream.engines.vllm.runner import Batch
 from midstream.engines.vllm.settings import UnsupportedEngineError

@@ -53,6 +53,7 @@ class Server:
         *options: str,
         bundle: Path | None = testbed.BUNDLE_DIR,
         eager: bool = True,
+        environment: dict[str, str] | None = None,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -65,13 +66,14 @@ class Server:
             bundle=bundle,
         )
         self._folder = folder
+        self._environment = {**ENVIRONMENT, **(environment or {})}
 
     def __enter__(self) -> Self:
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **self._environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -99,15 +101,18 @@ class Server:
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self._url("/v1"), api_key="none", max_retries=0)
 
-    def status(self) -> dict[str, int]:
-        """What the plugin's worker counts."""
+    def statuses(self) -> list[dict[str, int]]:
+        """What the plugin's workers count, one per rank."""
         request = urllib.request.Request(
             self._url("/collective_rpc"),
             json.dumps({"method": "midstream_status"}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)["results"][0]
+            return json.load(reply)["results"]
+
+    def status(self) -> dict[str, int]:
+        return self.statuses()[0]
 
     def idle_status(self) -> dict[str, int]:
         """The same once every stream has left; fails when one never does."""
