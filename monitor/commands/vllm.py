@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,10 @@ def serve(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle made for the model.")],
 ) -> None:
     """Start `vllm serve MODEL` with the monitor; all other options go to vLLM."""
+    from midstream.engines.vllm.settings import SettingsError
+
+    if find_spec("vllm") is None:
+        raise SettingsError("vLLM is not installed here; install it beside midstream")
     arguments = serve_arguments(model, bundle, context.args)
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])
 

@@ -119,7 +119,8 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         held = self._held.get(output.request_id)
         judgement = self._judgements.get(output.request_id)
         if held is None or judgement is None:
-            return True  # ended from outside, without a token
+            output.new_token_ids, output.new_logprobs = [], None
+            return output.finished  # ended from outside
         session = held.session
         position, verdict = judgement.position, Verdict(judgement.verdict)
         leaving, events = session.judge(position, verdict, judgement.risk, judgement.cause)
