@@ -120,7 +120,7 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         judgement = self._judgements.get(output.request_id)
         if held is None or judgement is None:
             output.new_token_ids, output.new_logprobs = [], None
-            return output.finished  # ended from outside
+            return bool(output.finished)  # ended from outside
         session = held.session
         position, verdict = judgement.position, Verdict(judgement.verdict)
         leaving, events = session.judge(position, verdict, judgement.risk, judgement.cause)
