@@ -7,7 +7,7 @@ that copy activations to Python, as other tools do. They are asked in turn, in a
 those that are not asked are stopped (SIGSTOP), so that none takes another's processor. Prints one
 JSON object with the medians of paired ratios:
 
-- ``vllm_tpot_ratio_1``, ``vllm_tpot_ratio_16``: time per token after the first, 1 and 16 streams
+- ``vllm_tpot_ratio_1``, ``vllm_tpot_ratio_16``: time per token, 1 and 16 streams at a time
 - ``vllm_ttft_ratio``: time to the first token that a client gets, 1 stream. The monitor holds each
   token back until it was judged, one step later; ``vllm_ttft_ratio_less_one_step`` is the same with
   that step (the stream's own time per token) taken off.
@@ -82,9 +82,9 @@ def save_model(folder: Path) -> None:
 
 
 def measure(server: Measured, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-    """Mean time to the first token, and per token after it, of streams asked at the same time."""
+    """Mean time to the first token, and per token, of streams asked at the same time."""
 
-    async def one(client: Any, prompt: list[int]) -> tuple[float, float]:
+    async def one(client: Any, prompt: list[int]) -> tuple[float, list[float]]:
         start = time.perf_counter()
         stream = await client.completions.create(
             model=NAME,
@@ -99,15 +99,27 @@ def measure(server: Measured, prompts: list[list[int]], tokens: int) -> tuple[fl
             now = time.perf_counter()
             times += [now] * len(part.choices[0].token_ids or ())
         assert len(times) == tokens, f"{len(times)} of {tokens} tokens: a stream was halted"
-        return times[0] - start, (times[-1] - times[0]) / (tokens - 1)
+        return start, times
 
-    async def run() -> list[tuple[float, float]]:
+    async def run() -> list[tuple[float, list[float]]]:
         async with server.async_client() as client:
             return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
 
     with server.awake():
-        first, each = zip(*asyncio.run(run()), strict=True)
-    return statistics.fmean(first), statistics.fmean(each)
+        streams = asyncio.run(run())
+    first = statistics.fmean(times[0] - start for start, times in streams)
+    return first, time_per_token([times for _, times in streams])
+
+
+def time_per_token(streams: list[list[float]]) -> float:
+    """Mean time per token from when every stream has begun: before, prompts are computed beside."""
+    begun = max(times[0] for times in streams)
+    each = []
+    for times in streams:
+        late = [time for time in times if time >= begun]
+        assert len(late) > 1, "streams were not written at the same time; ask for more --tokens"
+        each.append((late[-1] - late[0]) / (len(late) - 1))
+    return statistics.fmean(each)
 
 
 def main() -> None:
