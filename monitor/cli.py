@@ -22,6 +22,7 @@ from midstream.commands.record import record
 from midstream.commands.replay import replay
 from midstream.commands.score import score
 from midstream.commands.train import train
+from midstream.commands.vllm import serve
 from midstream.commands.watch import watch
 
 app = typer.Typer(
@@ -58,6 +59,11 @@ for group, (purpose, commands) in GROUPS.items():
     for name, function in commands.items():
         group_app.command(name)(function)
     app.add_typer(group_app, name=group)
+vllm_app = typer.Typer(help="The monitor inside vLLM.", no_args_is_help=True)
+vllm_app.command(
+    "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(serve)
+app.add_typer(vllm_app, name="vllm")
 
 
 def main() -> None:
