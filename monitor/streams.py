@@ -16,7 +16,7 @@ from midstream.holdback import HoldBack
 from midstream.kernels.tables import SlotTable, Verdict
 from midstream.policy import ANSWER, Policy, TierName
 
-EVENT_SCHEMA_VERSION = 1
+EVENT_SCHEMA_VERSION = 2
 
 T = TypeVar("T")
 

@@ -718,7 +718,8 @@ def test_generation_that_cannot_be_watched_is_refused(
 
 
 def test_another_version_of_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    # The module's own reference: transformers replaces itself in sys.modules when it is loaded.
+    monkeypatch.setattr("midstream.engines.hf.manager.transformers.__version__", "5.24.0")
     with pytest.raises(UnsupportedGenerationError, match=r"5\.24\.0.*install 'transformers==5\.23"):
         attach(monitor())
 
