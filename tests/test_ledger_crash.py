@@ -74,11 +74,14 @@ def test_killed_writers_lose_nothing_and_add_nothing_twice(url: str, tmp_path: P
     )
     processes = start(do, work)
     for index in range(KILLED):
-        wait_until(lambda index=index: work[index].share_acknowledged() > 0.1 * (index + 1))
+        wait_until(lambda index=index: work[index].share_acknowledged() > 0.1)
         processes[index].kill()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [-9] * KILLED + [0] * (WRITERS - KILLED)
+    ends = [process.exitcode for process in processes]
+    assert ends[0] == -9
+    assert {*ends[1:KILLED]} <= {-9, 0}, "on a busy machine one may be done before it is killed"
+    assert ends[KILLED:] == [0] * (WRITERS - KILLED)
     check_acknowledged(url, work, in_flight=KILLED)
     ledger = open_ledger(url)
     check_chains(ledger, CONVERSATIONS, TURNS)
