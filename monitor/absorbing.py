@@ -25,8 +25,13 @@ def fundamental_matrix(transient: Array) -> Array:
     ``N[i, j]`` is the expected number of tokens in ``j`` when started in ``i`` (Kemeny and Snell
     1960, theorem 3.2.1); ``transient`` is ``Q`` [K, K], the moves among the transient states.
     A SingularChainError names the states from which absorption cannot be reached.
+
+    States are eliminated one by one and put back without a subtraction (Grassmann, Taksar and
+    Heyman 1985), so that a chance of 1e-16 is as exact as one of 0.5: an inverse is exact only
+    beside its largest entries.
     """
-    reaches = 1.0 - transient.sum(axis=1) > _NEGLIGIBLE
+    leaving = np.maximum(1.0 - transient.sum(axis=1), 0.0)
+    reaches = leaving > _NEGLIGIBLE
     for _ in reaches:
         reaches = reaches | ((transient > _NEGLIGIBLE) & reaches).any(axis=1)
     if not reaches.all():
@@ -37,7 +42,19 @@ def fundamental_matrix(transient: Array) -> Array:
             f"states {stuck.tolist()} are never absorbed{held}, so I - Q is singular and expected "
             "times are infinite; use a finite horizon, or fit with a prior count above 0"
         )
-    return np.asarray(np.linalg.inv(np.eye(len(transient)) - transient), dtype=np.float64)
+    moves = np.array(transient, dtype=np.float64)
+    left = np.empty(len(moves))  # chance to leave each state for an earlier one or for good
+    for k in reversed(range(len(moves))):
+        left[k] = leaving[k] + moves[k, :k].sum()
+        through = moves[:k, k] / left[k]
+        moves[:k, :k] += through[:, None] * moves[k, :k]
+        leaving[:k] += through * leaving[k]
+    visits = np.zeros_like(moves)
+    for k in range(len(moves)):
+        visits[:k, k] = visits[:k, :k] @ moves[:k, k] / left[k]
+        visits[k, :k] = moves[k, :k] @ visits[:k, :k] / left[k]
+        visits[k, k] = (1.0 + moves[k, :k] @ visits[:k, k]) / left[k]
+    return visits
 
 
 def check_distributions(name: str, rows: Array) -> None:

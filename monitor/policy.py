@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -23,6 +22,7 @@ from pydantic import (
 from midstream.chain import Chain, faults_by_key
 from midstream.kernels.tables import OnUnscored, PolicyTable
 from midstream.turn_policy import TurnPolicy
+from midstream.yaml_text import read_mapping, refuse_newer, write_mapping
 
 SCHEMA_VERSION = 1
 
@@ -231,13 +231,7 @@ class Policy(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _not_newer(cls, content: Any) -> Any:
-        """Come first: the keys of a newer schema must not be blamed one by one."""
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise ValueError(
-                f"schema_version: {version} is newer than {SCHEMA_VERSION}, the newest that this "
-                "midstream reads; upgrade midstream"
-            )
+        refuse_newer(content, SCHEMA_VERSION)
         return content
 
     @model_validator(mode="after")
@@ -354,18 +348,12 @@ class Policy(_Strict):
 
     def to_yaml(self) -> str:
         """YAML in the order of the fields."""
-        dump = self.model_dump(mode="json", exclude_none=True)
-        return yaml.dump(dump, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return write_mapping(self.model_dump(mode="json", exclude_none=True))
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "policy.yaml") -> Policy:
         """Parse and validate; a PolicyError names each key at fault."""
-        try:
-            content = yaml.load(text, Loader=UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            raise PolicyError(f"{source}: not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise PolicyError(f"{source}: expected a mapping of keys, got {type(content).__name__}")
+        content = read_mapping(text, source, PolicyError)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -374,29 +362,3 @@ class Policy(_Strict):
 
 def _looser(tier: TierName, than: TierName) -> bool:
     return TIERS.index(tier) > TIERS.index(than)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML takes for a line break, which would come back as a space."""
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = '"' if any(breaks in data for breaks in "\x85\u2028\u2029\ufeff") else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would quietly take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct it, after a look at its keys."""
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value}: given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)

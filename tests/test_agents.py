@@ -287,7 +287,7 @@ def test_an_explanation_does_not_spread_the_secret(observed, rule, hidden):
         ("text_limit: on", "text_limit: expected a number, not a truth value"),
         ("actions: []\nactions: []", "actions: given twice"),
         ("extends: other", "extends: expected 'default', got 'other'"),
-        ("- a", "expected keys"),
+        ("- a", "expected a mapping of keys, got list"),
         ("a: [", "not YAML"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +122,14 @@ def test_horizon_grows_from_the_unit_vector_of_violated(seed):
     assert (np.diff(curve, axis=0) >= -1e-15).all()
     assert (curve[1:, -1] == 1.0).all()
     assert (curve <= 1 + 1e-15).all()
+
+
+def test_a_small_chance_is_as_exact_as_a_large_one():
+    transient = np.array([[0.7, 2e-8, 4e-19], [1e-12, 0.1, 1e-4], [0.4, 0.55, 1e-15]])
+    exactly = sympy.eye(3) - sympy.Matrix(3, 3, lambda i, j: sympy.Rational(transient[i, j]))
+    expected = np.array(exactly.inv(), dtype=np.float64)
+    assert expected.min() < 1e-11
+    np.testing.assert_allclose(fundamental_matrix(transient), expected, rtol=1e-14)
 
 
 @given(seed=st.integers(0, 2**32), tokens=st.integers(0, 300))

@@ -268,7 +268,15 @@ def test_what_is_no_mapping_is_refused(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["tiers: [", "a: b: c", "\t", "a: !!python/object:os.system x", "x: \x00", "[a]: 1\n? {"],
+    [
+        "tiers: [",
+        "a: b: c",
+        "\t",
+        "a: !!python/object:os.system x",
+        "x: \x00",
+        "[a]: 1\n? {",
+        "[" * 5000,
+    ],
 )
 def test_broken_yaml_is_refused(text):
     with pytest.raises(PolicyError, match=r"^policy\.yaml: not YAML: "):

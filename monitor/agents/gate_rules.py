@@ -8,13 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
 from midstream.agents.phrases import Phrases
 from midstream.agents.roles import EFFECTS, Effect, Names, Number, Role, Size, Strict
 from midstream.chain import faults_by_key
-from midstream.policy import UniqueKeyLoader
+from midstream.yaml_text import read_mapping, refuse_newer
 
 SCHEMA_VERSION = 1
 
@@ -157,13 +156,7 @@ class GateRules(Strict):
     @model_validator(mode="before")
     @classmethod
     def _not_newer(cls, content: Any) -> Any:
-        """Come first: the keys of a newer schema must not be blamed one by one."""
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise ValueError(
-                f"schema_version: {version} is newer than {SCHEMA_VERSION}, the newest that this "
-                "midstream reads; upgrade midstream"
-            )
+        refuse_newer(content, SCHEMA_VERSION)
         return content
 
     @model_validator(mode="after")
@@ -210,13 +203,7 @@ class GateRules(Strict):
     @classmethod
     def from_yaml(cls, text: str, source: str = "gate.yaml") -> GateRules:
         """Parse and validate; a GateRulesError names each key at fault."""
-        try:
-            content = yaml.load(text, Loader=UniqueKeyLoader)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise GateRulesError(f"{source}: not YAML: {error}") from error
-        if not isinstance(content, dict):
-            found = type(content).__name__
-            raise GateRulesError(f"{source}: expected a mapping of keys, got {found}")
+        content = read_mapping(text, source, GateRulesError)
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from midstream.agents.patterns import Pattern
@@ -25,7 +24,7 @@ from midstream.agents.state import Escalation, Exposure, Named, Reversibility, S
 from midstream.agents.steps import Step
 from midstream.agents.text import lines_of, plain, words_of_name
 from midstream.chain import faults_by_key
-from midstream.policy import UniqueKeyLoader
+from midstream.yaml_text import read_mapping
 
 Place = Literal["tool", "arguments", "observed", "said"]
 Category = Literal["read", "write", "exec", "network"]
@@ -259,12 +258,7 @@ class Rules(_Strict):
         RulesError
             Naming every key at fault.
         """
-        try:
-            content = yaml.load(text, Loader=UniqueKeyLoader)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise RulesError(f"{source}: not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise RulesError(f"{source}: expected keys such as actions and data")
+        content = read_mapping(text, source, RulesError)
         extends = content.pop("extends", None)
         if extends not in (None, "default"):
             raise RulesError(f"{source}: extends: expected 'default', got {extends!r}")
