@@ -1,0 +1,1 @@
+"""The service: an OpenAI-compatible endpoint whose streams are watched (docs/serve.md)."""

@@ -1,0 +1,96 @@
+"""What the service asks of an engine: a local model, or an upstream that is watched from beside."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from midstream.streams import Event
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, checked, as an engine gets it.
+
+    Attributes
+    ----------
+    stream : str
+        Its id, no other's in this process.
+    model : str
+        The name the client gave, one of :attr:`Engine.models`.
+    messages : tuple of mapping, optional
+        A chat. Either this or ``prompt`` is there.
+    prompt : str or tuple of int, optional
+        What is to be continued, as text or ids.
+    max_tokens : int
+        Tokens of the response, at most.
+    tier : str, optional
+        The strictness the client asked for; None takes the server's.
+    sampling : mapping
+        ``temperature``, ``top_p`` and ``top_k``, as far as given.
+    conversation : str, optional
+        What the turn gate keeps its ledger under.
+    client : str
+        Name of the API key, empty where the server asks for none.
+    body : mapping
+        What the client sent, for engines that send it on.
+    """
+
+    stream: str
+    model: str
+    messages: tuple[Mapping[str, Any], ...] | None
+    prompt: str | tuple[int, ...] | None
+    max_tokens: int
+    tier: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    conversation: str | None = None
+    client: str = ""
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Stream(Protocol):
+    """One response on its way.
+
+    Iterated once, it gives the stream's events in order. ``released`` ones carry the text that may
+    leave; the last is ``finished``, whose message is the finish reason, or ``error``.
+    """
+
+    ask: Ask
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens that have left."""
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Give the events as they come."""
+
+    def cancel(self) -> None:
+        """Free its slot soon; it then finishes as ``cancelled``. Without effect once it ended."""
+
+
+class Engine(Protocol):
+    """Where responses come from. Everything is called in the event loop.
+
+    Whoever implements it tells a `midstream.serve.feed.Feed` of every stream it opens and of every
+    event, when they happen and whether or not somebody reads the stream.
+    """
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names under which it answers."""
+
+    @property
+    def unready(self) -> str | None:
+        """Why it takes no requests now; None when it does."""
+
+    async def submit(self, ask: Ask) -> Stream:
+        """Begin a response.
+
+        Raises
+        ------
+        midstream.serve.errors.ApiError
+            For what cannot be served, with what to tell the client.
+        """
+
+    async def close(self, drain: float) -> None:
+        """Take no more requests, let the streams end within ``drain`` seconds, cut those left."""

@@ -1,0 +1,121 @@
+"""An engine that plays a script, for what lies in front of engines."""
+
+import asyncio
+
+from midstream.serve.engine import Ask
+from midstream.serve.feed import EngineStats, Opened
+from midstream.streams import Event, StreamReport, Trace
+
+BUNDLE = "b" * 64
+
+
+def report(ask, *, risks, halted_at=None, reason="stop", prompt_tokens=4):
+    """What a stream with these risks, one per token of the response, leaves behind."""
+    positions = list(range(prompt_tokens, prompt_tokens + len(risks)))
+    verdicts = ["HALT" if p == halted_at else "CONTINUE" for p in positions]
+    return StreamReport(
+        stream=ask.stream,
+        bundle=BUNDLE,
+        tier=ask.tier or "moderate",
+        prompt_tokens=prompt_tokens,
+        scored=len(risks),
+        unscored=0,
+        verdict="CONTINUE" if halted_at is None else "HALT",
+        cause=None if halted_at is None else "sealed",
+        halted_at=halted_at,
+        risk=risks[-1] if risks else 0.0,
+        peak=max(risks, default=0.0),
+        finish_reason=reason,
+        trace=Trace(
+            position=positions,
+            risk=list(risks),
+            verdict=verdicts,
+            scores={"sealed": [10 * r - 5 for r in risks], "temper": [-5.0] * len(risks)},
+        ),
+    )
+
+
+class ScriptedEngine:
+    """Answers every request with the same pieces of text; halts at ``halt_after`` of them."""
+
+    def __init__(
+        self, feed, pieces=("The ", "urn ", "is ", "pale."), *, risks=None, halt_after=None,
+        delay=0.0, error=None, models=("testbed",),
+    ):  # fmt: skip
+        self.feed = feed
+        self.pieces = list(pieces)
+        self.risks = risks or [0.1 * (i + 1) for i in range(len(self.pieces))]
+        self.halt_after = halt_after
+        self.delay = delay
+        self.error = error
+        """Message of an ``error`` event in place of the end."""
+        self.models = models
+        self.unready = None
+        self.asked = []
+        self.streams = []
+
+    async def submit(self, ask: Ask):
+        self.asked.append(ask)
+        stream = ScriptedStream(self, ask)
+        self.streams.append(stream)
+        self.feed.stats(EngineStats(8, len(self.streams), 0, 1, (0.0001,)))
+        return stream
+
+    async def close(self, drain):
+        for stream in self.streams:
+            stream.cancel()
+
+
+class ScriptedStream:
+    def __init__(self, engine, ask):
+        self.ask, self.prompt_tokens, self.completion_tokens = ask, 4, 0
+        self.cancelled = False
+        self._engine = engine
+        self._events = asyncio.Queue()
+        self._opened = Opened(ask, ask.tier or "moderate", BUNDLE)
+        engine.feed.opened(self._opened)
+        self._task = asyncio.get_running_loop().create_task(self._play())
+
+    def cancel(self):
+        self.cancelled = True
+
+    def _tell(self, type, **facts):
+        event = Event(type=type, stream=self.ask.stream, bundle=BUNDLE, **facts)
+        self._engine.feed.event(self._opened, event)
+        self._events.put_nowait(event)
+
+    async def _play(self):
+        engine, reason, halted_at = self._engine, "stop", None
+        self._tell("admitted", position=0)
+        played = 0
+        for index, (piece, risk) in enumerate(zip(engine.pieces, engine.risks, strict=True)):
+            await asyncio.sleep(engine.delay)
+            position = self.prompt_tokens + index
+            if self.cancelled:
+                reason = "cancelled"
+                break
+            if index >= self.ask.max_tokens:
+                reason = "length"
+                break
+            played += 1
+            if index == engine.halt_after:
+                reason, halted_at = "content_filter", position
+                self._tell("halted", position=position, risk=risk, verdict="HALT", cause="sealed")
+                break
+            self.completion_tokens += 1
+            self._tell("released", position=position, risk=risk, text=piece)
+        if engine.error is not None:
+            self._tell("error", message=engine.error)
+            return
+        done = report(
+            self.ask, risks=engine.risks[:played], halted_at=halted_at, reason=reason
+        )  # fmt: skip
+        facts = {"risk": done.risk, "verdict": done.verdict, "cause": done.cause}
+        self._tell("finished", message=reason, report=done, **facts)
+
+    async def __aiter__(self):
+        while True:
+            event = await self._events.get()
+            yield event
+            if event.type in ("finished", "error"):
+                return
