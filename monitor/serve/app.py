@@ -150,7 +150,7 @@ class Front:
             stream_id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
             ask = asked.ask(stream_id, client, body, self.settings)
             try:
-                async with asyncio.timeout(self.settings.first_token_seconds):
+                async with asyncio.timeout(self.settings.start_seconds):
                     stream = await self.engine.submit(ask)
             except TimeoutError:
                 raise ApiError(504, "the engine took too long", code="timeout") from None

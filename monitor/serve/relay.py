@@ -130,9 +130,9 @@ class Relay:
     ) -> tuple[str | None, ApiError | None]:
         now = asyncio.get_running_loop().time()
         self._latest = now + self._settings.request_seconds
-        first = now + self._settings.first_token_seconds
+        start = now + self._settings.start_seconds
         try:
-            async with asyncio.timeout_at(min(first, self._latest)) as self._clock:
+            async with asyncio.timeout_at(min(start, self._latest)) as self._clock:
                 if self._cut is not None or self._gone:
                     self._expire()
                 return await self._follow(deliver)
@@ -153,17 +153,15 @@ class Relay:
     ) -> tuple[str | None, ApiError | None]:
         begun = False
         async for event in self.stream:
+            if not begun:
+                begun = True
+                self._begin()
             if event.type == "released":
-                if not begun:
-                    begun = True
-                    self._begin()
                 text = event.text or ""
                 self._released += len(text)
                 if event.risk is not None:
                     # What a scored token attended to is judged with it.
                     self._checked = self._released
-                if self._stops.hit:
-                    continue
                 await self._pass(self._stops.take(text), deliver)
                 if self._stops.hit:
                     self.stream.cancel()
@@ -187,7 +185,7 @@ class Relay:
         return None, engine_error()
 
     def _begin(self) -> None:
-        """The first token is there, so that only the latest end still counts."""
+        """The engine has begun, so that only the latest end still counts."""
         if self._clock is not None and not self._clock.expired() and self._cut is None:
             self._clock.reschedule(self._latest)
 

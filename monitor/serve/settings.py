@@ -62,8 +62,8 @@ class Settings(BaseModel):
         Sockets open at once; further ones are closed at once.
     header_seconds, body_seconds : float
         Within which a request's headers, and then its body, must have come.
-    first_token_seconds : float
-        Within which a response must begin.
+    start_seconds : float
+        Within which the engine must have begun with a request; longer it does not wait.
     request_seconds : float
         Within which it must have ended.
     slow_reader_seconds : float
@@ -88,7 +88,7 @@ class Settings(BaseModel):
     max_connections: Count = 2048
     header_seconds: Seconds = 10.0
     body_seconds: Seconds = 10.0
-    first_token_seconds: Seconds = 60.0
+    start_seconds: Seconds = 60.0
     request_seconds: Seconds = 600.0
     slow_reader_seconds: Seconds = 20.0
     annotations: bool = False
