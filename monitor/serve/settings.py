@@ -1,10 +1,14 @@
-"""Limits and habits of the service; every field is an option of ``midstream serve``."""
+"""Limits and habits of the service, as ``midstream serve --settings FILE`` reads them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from midstream.chain import faults_by_key
+from midstream.yaml_text import read_mapping
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -43,6 +47,10 @@ ANSWERED_HERE = frozenset(
 )
 """Fields of a request that no engine is asked for: they are read here, or change the answer's
 shape into one that is not served."""
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be obeyed; the message names each key at fault."""
 
 
 class Settings(BaseModel):
@@ -94,6 +102,23 @@ class Settings(BaseModel):
     annotations: bool = False
     conversations: bool = False
     sent_on: frozenset[str] = frozenset()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a YAML file; what it does not say keeps its default.
+
+        Raises
+        ------
+        SettingsError
+        """
+        content = read_mapping(path.read_text("utf-8"), str(path), SettingsError)
+        for key in ("conversations", "sent_on"):
+            if key in content:
+                raise SettingsError(f"{path}: {key}: follows from the engine, leave it out")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise SettingsError(f"{path}: {faults_by_key(error)}") from error
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
