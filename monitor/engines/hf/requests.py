@@ -56,6 +56,9 @@ class Request:
     session : Session
         Its front end.
     prompt : sequence of int
+    key : str
+        What the generation loop calls it. Never used twice, as its name may be: a loop that is told
+        to drop a name can have been given another request under it.
     limit : int
         Tokens of the response, at most.
     tier : str
@@ -73,6 +76,7 @@ class Request:
         session: Session[int],
         prompt: Sequence[int],
         *,
+        key: str,
         limit: int,
         tier: TierName,
         prior: Sequence[float] | None,
@@ -81,6 +85,7 @@ class Request:
         cancel: Callable[[Request], None],
     ) -> None:
         self.id = session.stream
+        self.key = key
         self.session = session
         self.prompt_tokens = len(prompt)
         self.limit = limit
@@ -99,6 +104,8 @@ class Request:
         self._cancel = cancel
         self._items: SimpleQueue[_Released | Event | None] = SimpleQueue()
         self._released: list[int] = []
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._shown = 0  # characters; a reader may stop, and read on
         self._done = threading.Event()
         self._response: Response | None = None
         self._error: GenerationFailedError | None = None
@@ -110,20 +117,19 @@ class Request:
                 "use result()"
             )
         backend = self._tokenizer.backend_tokenizer
-        decoder, shown = DecodeStream(skip_special_tokens=True), ""
         while (item := self._items.get()) is not None:
             if isinstance(item, _Released):
-                pieces = [decoder.step(backend, token) for token in item.tokens]
+                pieces = [self._decoder.step(backend, token) for token in item.tokens]
                 text = "".join(piece for piece in pieces if piece)
                 position, risk = item.position, item.risk
             elif item.type == "finished" and self.session.phase != Phase.HALTED:
                 # The decoder waits for the rest of a character that was cut short.
-                text = backend.decode(self._released)[len(shown) :]
+                text = backend.decode(self._released)[self._shown :]
                 position, risk = None, item.risk or 0.0
             else:
                 text = ""
             if text:
-                shown += text
+                self._shown += len(text)
                 yield self.session.event("released", position=position, risk=risk, text=text)
             if isinstance(item, Event):
                 yield item
