@@ -98,7 +98,11 @@ class WatchedManager(ContinuousBatchingManager):
 
         `cancel_request` is for other threads, and can overtake the request that it cancels.
         """
-        self._processor.scheduler.set_request_cancellation(request_id)
+        scheduler = self._processor.scheduler
+        scheduler.set_request_cancellation(request_id)
+        # Set by a preemption, and taken back only when a request finishes: with all that run
+        # dropped, those that were preempted would wait for ever.
+        scheduler.block_new_requests = False
 
     def wake(self) -> None:
         """Let a loop that waits for work look again."""
