@@ -157,7 +157,8 @@ class PackedStreams:
             enforced=self._enforces and reason != "error",
         )
         request.slot = None
-        request.release(request.session.finish(), None, report.risk)
+        if reason != "error":  # or a token whose verdict was not read could pass as unscored
+            request.release(request.session.finish(), None, report.risk)
         return report
 
     def _admitted(self, request: Request) -> int:
