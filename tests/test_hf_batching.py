@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import threading
 import time
@@ -542,6 +543,28 @@ def test_a_token_that_was_sampled_and_never_fed_is_unscored(
     assert report is not None
     assert (response.finish_reason, report.unscored) == ("cancelled", 1)
     assert response.tokens == want[: report.scored + leaves]
+
+
+@pytest.mark.parametrize("hold_back", [1, 3, "turn"])
+def test_tokens_that_leave_without_a_score_are_counted(
+    hold_back: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching, tok = monitor(on_unscored="pass", hold_back=hold_back), toy.tokenizer()
+    observe, seen = Monitor.observe, itertools.count()
+
+    def blinded(self: Monitor, tap: Tap, hidden: torch.Tensor) -> None:
+        observe(self, tap, hidden if next(seen) % 3 else torch.full_like(hidden, torch.nan))
+
+    monkeypatch.setattr(Monitor, "observe", blinded)
+    with attach(watching, tok=tok) as m:
+        request = m.submit(NEVER, max_new_tokens=10)
+        end = list(request)[-1]
+    report = request.result().report
+    assert report is not None
+    assert (end.type, end.delivered) == ("finished", len(request.result().tokens) or None)
+    trace = report.trace
+    missing = [p for p, risk in zip(trace.position, trace.risk, strict=True) if risk is None]
+    assert end.delivered_unscored == sum(p >= report.prompt_tokens for p in missing) > 0
 
 
 # -- requests from many threads -------------------------------------------------------------------

@@ -140,6 +140,8 @@ class Request:
         self.closely = False
         """Whether its reader is told of every token's scores."""
         self.reader = reader
+        self.unscored = 0
+        """Of these, those without a score."""
         self._tokenizer = tokenizer
         self._cancel = cancel
         self._items: SimpleQueue[Item] = SimpleQueue()
@@ -217,15 +219,21 @@ class Request:
         facts = {} if report is None else {"risk": report.risk, "verdict": report.verdict}
         cause = None if report is None else report.cause
         self.tell(
-            self.session.event("finished", cause=cause, message=reason, report=report, **facts)
+            self.session.event(
+                "finished", cause=cause, message=reason, report=report, **facts, **self._delivered()
+            )
         )
         self._close()
 
     def fail(self, message: str) -> None:
         """Close it with an error, which its reader's thread raises."""
         self._error = GenerationFailedError(f"request {self.id!r}: {message}")
-        self.tell(self.session.event("error", message=message))
+        self.tell(self.session.event("error", message=message, **self._delivered()))
         self._close()
+
+    def _delivered(self) -> dict[str, int]:
+        queue = self.session.hold_back
+        return {"delivered": queue.released, "delivered_unscored": queue.released_unscored}
 
     def _close(self) -> None:
         self._put(None)
