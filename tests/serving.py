@@ -17,8 +17,18 @@ from midstream.serve.settings import Settings
 CHAT = {"model": "testbed", "messages": [{"role": "user", "content": "Is the urn pale?"}]}
 TEXT = {"model": "testbed", "prompt": "The urn"}
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
-LONG_LIVED = {"pieces": ["x"] * 100_000, "risks": [0.1] * 100_000, "delay": 0.01}
+LONG_LIVED = {"pieces": ["x"] * 4096, "risks": [0.1] * 4096, "delay": 0.01}
+LONG = {"stream": True, "max_tokens": 4096}  # of a request for that
 PATIENCE = 30.0  # seconds; against hanging, never a measure
+
+
+class Draining(ScriptedEngine):
+    """Lets streams end for as long as it may."""
+
+    async def close(self, drain):
+        self.unready = "the engine is closing"
+        await asyncio.wait([stream._task for stream in self.streams], timeout=drain)
+        await super().close(drain)
 
 
 class Watching(Observer):
