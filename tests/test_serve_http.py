@@ -17,7 +17,7 @@ from fastapi import APIRouter
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import BUNDLE, ScriptedEngine, ScriptedStream
-from serving import (
+from http_service import (
     CHAT,
     CHATS,
     LONG,
@@ -685,7 +685,7 @@ def test_a_body_that_does_not_come_is_not_waited_for():
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from serving import LONG_LIVED, Draining, Service
+from http_service import LONG_LIVED, Draining, Service
 from midstream.serve.run import run
 service = Service(engine=Draining, **LONG_LIVED)
 run(service.app, host="127.0.0.1", port=int(sys.argv[2]), drain=float(sys.argv[3]))
