@@ -14,9 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import APIRouter
-from hypothesis import given
-from hypothesis import strategies as st
-from scripted_engine import BUNDLE, ScriptedEngine, ScriptedStream
 from http_service import (
     CHAT,
     CHATS,
@@ -31,6 +28,9 @@ from http_service import (
     read_all,
     wait_for,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_engine import BUNDLE, ScriptedEngine, ScriptedStream
 
 from midstream.serve.errors import ApiError
 from midstream.serve.settings import Settings, SettingsError
