@@ -356,6 +356,8 @@ def test_a_change_breaks_the_chain(name: str, tmp_path: Path) -> None:
     change, problems = CHANGES[name]
     found = changed(tmp_path, change)
     assert len(found.problems) == problems, found.problems
+    if name == "removed":
+        assert "line 5: record 4 was expected, this is 5" in found.problems[0]
     assert CliRunner().invoke(app, ["audit", "verify", str(tmp_path)]).exit_code == 1
 
 
