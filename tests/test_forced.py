@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -158,7 +159,6 @@ def test_each_architecture_is_read_right_or_refused(name: str) -> None:
 
 
 def test_attention_over_a_short_window_is_tried_out_as_well() -> None:
-    """Of a config whose layers slide but whose masks are made from another entry nothing is believed."""
     model: Any = tiny_models.tiny("mistral")
     monitor = toy.monitor(model, probes=[deep(model)], tiers=NEVER, trace=CHUNK)
     model.config.sliding_window = 5
@@ -174,7 +174,10 @@ def test_attention_over_a_short_window_is_tried_out_as_well() -> None:
             model.config.sliding_window = 5
 
     model.model.forward = other
-    with pytest.raises(UnsupportedGenerationError, match="otherwise when it comes in parts"), forced:
+    with (
+        pytest.raises(UnsupportedGenerationError, match="otherwise when it comes in parts"),
+        forced,
+    ):
         pass
 
 
@@ -207,7 +210,9 @@ def test_a_long_prompt_goes_in_turn_with_the_others() -> None:
         for _ in range(8):
             quick.feed([148])
             forced.step()
-    assert rows == [(1, 1), (1, CHUNK), (1, 2), (1, CHUNK), (1, 2), (1, CHUNK), (1, 2), (1, 16)]
+    assert rows == [
+        (1, CHUNK), (1, 2), (1, CHUNK), (1, 2), (1, CHUNK), (1, 2), (1, 16), (1, 2),
+    ]  # fmt: skip
 
 
 def test_the_memory_is_what_the_documentation_says() -> None:
@@ -244,7 +249,12 @@ def bpe(split: bool) -> PreTrainedTokenizerFast:
         inner.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(prepend_scheme="first"),
+                pre_tokenizers.Split("\n", "isolated"),
+            ]
+        )
         inner.decoder = decoders.Metaspace(prepend_scheme="first")
         alphabet = sorted({c for sample in SAMPLES for c in sample})
     trainer = trainers.BpeTrainer(
@@ -287,9 +297,7 @@ def test_the_tokens_are_those_of_the_whole_text(sample: str, split: bool) -> Non
 
 @given(st.lists(st.text(max_size=12), max_size=30), st.booleans(), st.text(max_size=20))
 @settings(max_examples=300)
-def test_every_character_has_one_token_in_order(
-    parts: list[str], split: bool, before: str
-) -> None:
+def test_every_character_has_one_token_in_order(parts: list[str], split: bool, before: str) -> None:
     tokenizer = literal(bpe(split))
     pieces, text = grown(tokenizer, parts, before)
     assert "".join(piece.text for piece in pieces) + text.rest == "".join(parts)
@@ -375,8 +383,11 @@ def test_white_space_alone_leaves_at_the_end() -> None:
 
 
 def test_a_bad_prompt_halts_before_the_first_word() -> None:
-    probe = toy.detector(toy.model(), reads="prompt")
-    monitor = toy_monitor(probes=[probe])
+    lm = toy.model()
+    before = toy.detector(lm, name="before", reads="prompt")
+    bundle = toy.bundle(probes=[before, toy.detector(lm)])
+    chain = bundle.chain.model_copy(update={"prior": [0.9, 0.1]})
+    monitor = Monitor(dataclasses.replace(bundle, chain=chain), slots=2, trace=CHUNK)
     with ForcedStreams(monitor, toy.model(), toy.tokenizer()) as forced:
         fine = read(forced, "w5 w6", ["w7 w8"])
         bad = read(forced, "w5 bad", ["w7 w8"])
@@ -428,13 +439,16 @@ def test_held_text_leaves_when_the_risk_has_fallen() -> None:
     tiers = {"moderate": Thresholds(horizon=0, halt_at=1.0, hold_at=0.5)}
     with ForcedStreams(toy_monitor(tiers=tiers), toy.model(), toy.tokenizer()) as forced:
         stream = forced.open("one", "w5")
-        stream.feed("w7 bad w8 ")
+        stream.feed("w7 bad ")
         events = run(forced)["one"]
-        assert text_of(events) == "w7"
-        assert events[-1].verdict == "HOLD"
+        assert (text_of(events), events[-1].verdict) == ("w7", "HOLD")
+        stream.feed("w8 ")
+        events = run(forced)["one"]
+        assert (text_of(events), events[-1].verdict) == (" bad w8", "CONTINUE")
+        stream.feed("bad")
         stream.finish("length")
         last = run(forced)["one"]
-    assert text_of(last) == ""  # a stream that ends while it is held
+    assert text_of(last) == ""  # it ends while it is held
     assert last[-1].message == "length"
 
 
@@ -507,13 +521,12 @@ def test_segments_are_judged_by_their_own_thresholds() -> None:
 
 
 def test_names_of_special_tokens_are_words_like_any_other() -> None:
-    with ForcedStreams(toy_monitor(), toy.model(), toy.tokenizer()) as forced:
-        fed: list[list[int]] = []
-        with toy.model().model.embed_tokens.register_forward_pre_hook(
-            lambda _m, args: fed.append(args[0].tolist())
-        ):
-            assert text_of(read(forced, "w5", ["w7 <eos> ", "<bos>"])) == "w7 <eos> <bos>"
-    assert fed[1:] == [[[7, toy.UNK]], [[toy.UNK]]]
+    for tokenizer, text in ((bpe(True), "a <end> b<end>"), (testbed.load()[1], "a <eos> <bos>. ")):
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        pieces, grew = grown(literal(tokenizer), [text])
+        assert not special & {piece.token for piece in pieces}
+        assert "".join(piece.text for piece in pieces) + grew.rest == text
+        assert special & set(tokenizer(text)["input_ids"])  # not of the tokenizer itself
 
 
 def test_chats_and_tiers() -> None:
@@ -546,9 +559,9 @@ def test_refusals() -> None:
     with ForcedStreams(monitor, toy.model(), bare) as forced:
         with pytest.raises(PromptError, match="chat template"):
             forced.open("a", [{"role": "user", "content": "w5"}])
-        with pytest.raises(PromptLengthError, match="prompt has 64 tokens.*window is 64"):
+        with pytest.raises(PromptLengthError, match=r"prompt has 64 tokens.*window is 64"):
             forced.open("a", [5] * 64)
-        with pytest.raises(PromptError, match="ids \\[99\\], expected 0 to 23"):
+        with pytest.raises(PromptError, match=r"ids \[99\], expected 0 to 23"):
             forced.open("a", [5, 99])
         for empty in ("", [], ()):
             with pytest.raises(PromptError, match="empty"):

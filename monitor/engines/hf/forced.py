@@ -26,7 +26,6 @@ from typing import Any, Self, cast
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from midstream.bundle import Fingerprint
 from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatched
@@ -258,7 +257,8 @@ class ForcedStreams:
         if isinstance(prompt, str):
             return prompt, self.tokenizer(prompt)["input_ids"]
         if isinstance(prompt[0], int):
-            ids, size = cast(list[int], list(prompt)), self.model.config.get_text_config().vocab_size
+            ids = cast(list[int], list(prompt))
+            size = self.model.config.get_text_config().vocab_size
             if wrong := [token for token in ids if not 0 <= token < size]:
                 raise PromptError(f"the prompt has ids {wrong[:5]}, expected 0 to {size - 1}")
             return "", ids

@@ -22,7 +22,9 @@ LONGEST = 128
 """Characters that wait at most; then the text is cut where it stands."""
 _CONTEXT = 32
 
-_LAST_BLANK = re.compile(r"(?<=\S)\s+\S*\Z")
+# A blank ends what is before it. Other white space may yet be joined to it (".\n\n" is one token of
+# many tokenizers), until something else follows.
+_LAST_END = re.compile(r"(?<=\S)(?: \s*\S*|\s+\S+)\Z")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class GrowingText:
         self._tail += text
         if len(self._tail) > LONGEST:
             return self._split(len(self._tail))
-        last = _LAST_BLANK.search(self._tail)
+        last = _LAST_END.search(self._tail)
         final = max(last.start() if last else 0, len(self._tail) - LOOKAHEAD)
         return self._split(final) if final > 0 else []
 

@@ -104,15 +104,13 @@ class SlotCache(Cache):
 
     @torch.inference_mode()  # as the passes that made the tensors
     def clear(self, slot: int, tokens: int) -> None:
-        """Forget the first ``tokens`` of a row: masked or not, a NaN would reach who has it next."""
+        """Forget the first ``tokens`` of a row: a NaN, masked or not, would reach its next user."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys[slot, :, :tokens] = 0
                 layer.values[slot, :, :tokens] = 0
 
-    def run(
-        self, body: Any, ids: Tensor, slot: Tensor, position: Tensor, present: Tensor
-    ) -> None:
+    def run(self, body: Any, ids: Tensor, slot: Tensor, position: Tensor, present: Tensor) -> None:
         """Feed tokens of some streams to a model in one pass.
 
         Parameters
