@@ -176,7 +176,8 @@ class Event(BaseModel):
 
     ``position`` counts tokens from the start of the prompt. ``text`` is there on ``released``
     events of engines that decode, ``report`` on ``finished`` ones. ``cause`` names the probe with
-    the largest hazard, or ``unscored``.
+    the largest hazard, or ``unscored``. ``scores``, on ``scored`` events of streams that somebody
+    looks at closely, are the token's logits by probe; None where one was not finite.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -191,6 +192,7 @@ class Event(BaseModel):
     cause: str | None = None
     text: str | None = None
     message: str | None = None
+    scores: dict[str, float | None] | None = None
     report: StreamReport | None = None
 
 

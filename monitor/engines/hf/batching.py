@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn, Self, cast
 
@@ -31,7 +31,7 @@ from midstream.engines.hf.checks import (
     window,
 )
 from midstream.engines.hf.packed import PackedStreams
-from midstream.engines.hf.requests import Request, Response
+from midstream.engines.hf.requests import Item, Request, Response
 from midstream.engines.hf.streaming import Prompt, encode
 from midstream.monitor import Monitor, NoFreeSlotError
 from midstream.streams import Session
@@ -184,6 +184,7 @@ class BatchingAttachment:
         tier: str | None = None,
         prior: Sequence[float] | None = None,
         request_id: str | None = None,
+        reader: Callable[[Item], None] | None = None,
         **sampling: Any,
     ) -> Request:
         """Queue a request, from any thread.
@@ -199,6 +200,8 @@ class BatchingAttachment:
             Belief that the stream starts from, as for :meth:`midstream.monitor.Monitor.admit`.
         request_id : str, optional
             Not one of a request that runs or waits.
+        reader : callable, optional
+            Given what the request's iterator would read, at once and mostly in the loop's thread.
         sampling
             The request's own ``temperature``, ``top_k``, ``top_p``, where the batching config has
             ``per_request_processors``.
@@ -247,6 +250,7 @@ class BatchingAttachment:
                 sampling=sampling,
                 tokenizer=self.tokenizer,
                 cancel=self._cancel,
+                reader=reader,
             )
             self._requests[name] = request
             self._waiting.append(request)

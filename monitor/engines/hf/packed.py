@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from midstream.engines.hf.checks import UnsupportedGenerationError
 from midstream.engines.hf.requests import Request
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
-from midstream.streams import StreamReport
+from midstream.streams import Event, StreamReport
 from midstream.taps import Tap
 
 
@@ -198,9 +199,23 @@ class PackedStreams:
         allowed = Verdict(verdict) if self._enforces else Verdict.CONTINUE
         name = self._monitor.cause_name(cause)
         tokens, events = request.session.judge(position, allowed, risk, name)
+        if request.closely:
+            request.tell(self._scored(request, position, Verdict(verdict), risk, name))
         request.release(tokens, position, risk)
         for event in events:
             request.tell(event)
+
+    def _scored(
+        self, request: Request, position: int, verdict: Verdict, risk: float, cause: str | None
+    ) -> Event:
+        """What became of one token, with its logits as the trace has them."""
+        kept, scores = self._monitor.slots.trace_logits, None
+        if kept.shape[1]:
+            logits = kept[request.slot, position % kept.shape[1]].tolist()
+            pairs = zip(self._monitor.bank.names, logits, strict=True)
+            scores = {name: z if math.isfinite(z) else None for name, z in pairs}
+        facts = {"position": position, "risk": risk, "cause": cause, "scores": scores}
+        return request.session.event("scored", verdict=verdict.name, **facts)
 
 
 class _Rows:
