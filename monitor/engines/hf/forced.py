@@ -18,14 +18,17 @@ text that was fed, character by character, as far as it may leave. Not for sever
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
+from time import perf_counter
 from typing import Any, Self, cast
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from midstream.bundle import Fingerprint
 from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatched
@@ -82,9 +85,14 @@ class ForcedStream:
         self.text = text
         self.reason: str | None = None
         """Finish reason that came with the text's end; None while more may come."""
+        self.error: str | None = None
+        """Why the text broke off, where it did."""
         self.ended = False
         self.passed = 0
         """Tokens that left without having been fed, because the policy says so."""
+        self.closely = False
+        """Whether to tell every token's scores."""
+        self._received = 0
 
     @property
     def id(self) -> str:
@@ -96,15 +104,30 @@ class ForcedStream:
         if self.ended or self.reason is not None:
             return
         if isinstance(text, str):
+            self._received += len(text)
             self.pending += self.text.push(text)
         else:
             self.pending += [Piece(token, "") for token in text]
 
-    def finish(self, reason: str) -> None:
-        """Say that the text is complete, and with what finish reason."""
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """Say that no more text comes, and with what finish reason; or why it broke off.
+
+        What has come is judged, and leaves if it may, in either case.
+        """
         if not self.ended and self.reason is None:
-            self.reason = reason
+            self.reason, self.error = reason, error
             self.pending += self.text.finish()
+
+    @property
+    def read(self) -> int:
+        """Characters that do not wait to be fed, but for some of the last word."""
+        return self._received - sum(len(piece.text) for piece in self.pending)
+
+    @property
+    def left(self) -> int:
+        """Tokens that have left."""
+        released = self.session.hold_back.released
+        return released if self.session.delivers_whole else released + self.passed
 
     @property
     def waits(self) -> bool:
@@ -156,6 +179,10 @@ class ForcedStreams:
         self._streams: dict[str, ForcedStream] = {}
         self._told: dict[ForcedStream, list[Event]] = {}
         self._turn_of_few = True
+        self.rows = 0
+        """Tokens that the last step fed."""
+        self.judge_seconds = 0.0
+        """How long the host took to judge them."""
         self._attached = ExitStack()
 
     def __enter__(self) -> Self:
@@ -240,6 +267,7 @@ class ForcedStreams:
                 (few if len(stream.pending) <= FEW else many).append(stream)
         batch = few if few and (self._turn_of_few or not many) else _first_rows(many)
         self._turn_of_few = batch is not few
+        self.rows, self.judge_seconds = 0, 0.0
         if batch:
             self._pass(batch)
         told, self._told = self._told, {}
@@ -285,15 +313,18 @@ class ForcedStreams:
             for stream in batch:
                 self._fail(stream, f"the watching model failed: {type(error).__name__}")
             return
+        begun = perf_counter()
         for stream, pieces in zip(batch, taken, strict=True):
             for _ in pieces:
                 stream.pending.popleft()
             stream.fed += len(pieces)
             self._judge(stream, pieces)
+        self.rows = sum(map(len, taken))
+        self.judge_seconds += perf_counter() - begun
 
     @torch.inference_mode()
     def _forward(self, batch: list[ForcedStream], taken: list[list[Piece]]) -> None:
-        monitor, longest = self.monitor, max(map(len, taken))
+        longest = max(map(len, taken))
         ids, position = torch.zeros(2, len(batch), longest, dtype=torch.int64)
         present = torch.zeros(len(batch), longest, dtype=torch.bool)
         for row, (stream, pieces) in enumerate(zip(batch, taken, strict=True)):
@@ -303,20 +334,26 @@ class ForcedStreams:
             present[row, :count] = True
         slot = torch.tensor([stream.slot for stream in batch])
         self._cache.run(self._body, ids, slot, position, present)
-        rows = torch.where(present, slot[:, None], -1).to(monitor.device, torch.int32)
-        at = position.flatten().to(monitor.device, torch.int32)
-        if monitor.segments is None:
-            monitor.advance(rows.flatten(), at)
-            return
-        # A token's segment decides by what it is judged: each is followed just before its fold.
-        start = torch.tensor([stream.prompt_tokens for stream in batch])
-        for column in range(longest):
-            answers = present[:, column] & (position[:, column] >= start)
-            followed = torch.where(answers, slot, -1).to(monitor.device, torch.int32)
-            monitor.follow(followed, ids[:, column].to(monitor.device))
+        begun, device = perf_counter(), self.monitor.device
+        rows = torch.where(present, slot[:, None], -1).to(device, torch.int32)
+        at = position.flatten().to(device, torch.int32)
+        if self.monitor.segments is None:
+            self.monitor.advance(rows.flatten(), at)
+        else:
+            start = torch.tensor([stream.prompt_tokens for stream in batch])
+            response = (present & (position >= start[:, None])).to(device)
+            self._fold_segments(rows, at, ids.to(device), response)
+        self.judge_seconds = perf_counter() - begun
+
+    def _fold_segments(self, rows: Tensor, at: Tensor, ids: Tensor, response: Tensor) -> None:
+        """Fold column by column: a token's segment, which it may open, decides how it is judged."""
+        last = rows.shape[1] - 1
+        for column in range(last + 1):
+            slot = rows[:, column]
+            self.monitor.follow(torch.where(response[:, column], slot, -1), ids[:, column])
             only = torch.full_like(rows, -1)
-            only[:, column] = rows[:, column]
-            monitor.advance(only.flatten(), at, keep=column + 1 < longest)
+            only[:, column] = slot
+            self.monitor.advance(only.flatten(), at, keep=column < last)
 
     def _judge(self, stream: ForcedStream, pieces: list[Piece]) -> None:
         """Let go what the verdicts on the tokens just fed allow."""
@@ -327,10 +364,15 @@ class ForcedStreams:
         verdicts = table.trace_verdict[stream.slot][cells].tolist()
         risks = table.trace_risk[stream.slot][cells].tolist()
         cause = self.monitor.cause_name(int(table.cause[stream.slot]))
+        logits = table.trace_logits[stream.slot][cells].tolist() if stream.closely else []
         for position, verdict, risk in zip(positions, verdicts, risks, strict=True):
             known = risk if risk == risk else None  # NaN where it was unscored
             if position >= stream.prompt_tokens:
                 session.push(position, pieces[position - begin].text)
+            if stream.closely:
+                facts = {"position": position, "risk": known, "verdict": Verdict(verdict).name}
+                scores = self._scores(logits[position - positions[0]])
+                self._tell(stream, session.event("scored", cause=cause, scores=scores, **facts))
             leaving, events = session.judge(position, Verdict(verdict), known, cause)
             self._release(stream, leaving, position, known)
             self._tell(stream, *events)
@@ -338,6 +380,10 @@ class ForcedStreams:
                 self._end(stream, "stop")
                 return
         self._settle(stream)
+
+    def _scores(self, logits: list[float]) -> dict[str, float | None]:
+        pairs = zip(self.monitor.bank.names, logits, strict=True)
+        return {name: z if math.isfinite(z) else None for name, z in pairs}
 
     def _settle(self, stream: ForcedStream) -> None:
         """Go on where nothing can be fed: at the window's end, and at the text's."""
@@ -363,7 +409,7 @@ class ForcedStreams:
         texts = [piece.text for piece in stream.pending]
         stream.passed += len(texts)
         stream.pending.clear()
-        if policy.hold_back == "turn":
+        if session.delivers_whole:
             begin = stream.fed + stream.passed - len(texts)
             for position, text in enumerate(texts, start=begin):
                 session.push(position, text)
@@ -380,8 +426,11 @@ class ForcedStreams:
         texts = [] if session.phase == Phase.FINISHED else session.finish()
         if leaves and stream.reason is not None and not stream.pending:
             texts.append(stream.text.rest)  # no token's: nothing there to judge
+        broke = stream.error is not None and not halted
         report = self.monitor.retire(
-            stream.slot, reason, never_fed=stream.passed + len(stream.pending)
+            stream.slot,
+            "error" if broke else reason,
+            never_fed=stream.passed + len(stream.pending),
         )
         if halted and report.verdict != "HALT":
             report = report.model_copy(
@@ -389,6 +438,9 @@ class ForcedStreams:
             )
         self._forget(stream)
         self._release(stream, texts, None, report.risk)
+        if broke:
+            self._tell(stream, session.event("error", message=stream.error))
+            return
         facts = {"risk": report.risk, "verdict": report.verdict, "cause": report.cause}
         self._tell(
             stream,
