@@ -221,6 +221,7 @@ class Session(Generic[T]):
         depth = policy.hold_back if hold_back is None else hold_back
         self.hold_back: HoldBack[T] = HoldBack(depth, passes_unscored=policy.on_unscored == "pass")
         self.delivers_whole = depth == "turn"
+        """Whether nothing leaves before the end."""
         self._bundle = bundle
 
     def event(self, type: str, **fields: object) -> Event:

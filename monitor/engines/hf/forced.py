@@ -253,6 +253,10 @@ class ForcedStreams:
         self._tell(opened, session.event("admitted", position=0))
         return opened
 
+    def find(self, stream: str) -> ForcedStream | None:
+        """Return the stream of this name that has not ended."""
+        return self._streams.get(stream)
+
     def step(self) -> list[tuple[ForcedStream, list[Event]]]:
         """Feed what waits, in one pass; return what happened since the last step.
 
@@ -277,6 +281,13 @@ class ForcedStreams:
         """End a stream before its text has ended; what was judged leaves."""
         if not stream.ended:
             self._end(stream, reason)
+
+    def fail(self, stream: ForcedStream, message: str) -> None:
+        """End a stream with an error; what waits never leaves."""
+        stream.session.hold_back.withhold()
+        self.monitor.retire(stream.slot, "error", enforced=False)
+        self._forget(stream)
+        self._tell(stream, stream.session.event("error", message=message))
 
     def _encoded(self, prompt: Prompt | Sequence[int]) -> tuple[str, list[int]]:
         """The prompt's text, as far as it is one, and its ids."""
@@ -311,7 +322,7 @@ class ForcedStreams:
             _log.exception("a pass over %d streams failed", len(batch))
             self.monitor.discard()
             for stream in batch:
-                self._fail(stream, f"the watching model failed: {type(error).__name__}")
+                self.fail(stream, f"the watching model failed: {type(error).__name__}")
             return
         begun = perf_counter()
         for stream, pieces in zip(batch, taken, strict=True):
@@ -446,13 +457,6 @@ class ForcedStreams:
             stream,
             session.event("finished", message=report.finish_reason, report=report, **facts),
         )
-
-    def _fail(self, stream: ForcedStream, message: str) -> None:
-        """End a stream with an error; what waits never leaves."""
-        stream.session.hold_back.withhold()
-        self.monitor.retire(stream.slot, "error", enforced=False)
-        self._forget(stream)
-        self._tell(stream, stream.session.event("error", message=message))
 
     def _forget(self, stream: ForcedStream) -> None:
         stream.ended = True
