@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from midstream.serve.app import Front
+from midstream.serve.local import ReloadError
 from midstream.serve.protocol import guarded
 
 _log = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ class Server(uvicorn.Server):
         Seconds that streams have to end.
     start : callable, optional
         Brings the engine up, while ``/health`` already answers; if it fails the server ends.
+    reload : callable, optional
+        Called at SIGHUP; a `ReloadError` was told to whom it concerns.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Server(uvicorn.Server):
         *,
         drain: float,
         start: Callable[[], Awaitable[None]] | None = None,
+        reload: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._front: Front = app.state.front
         super().__init__(
@@ -62,6 +68,8 @@ class Server(uvicorn.Server):
         )
         self._drain = drain
         self._bring_up = start
+        self._reload = reload
+        self._reloading: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self.failure: BaseException | None = None
@@ -71,6 +79,8 @@ class Server(uvicorn.Server):
         """Listen, and bring the engine up."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        if self._reload is not None:
+            self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload, self._reload)
         if self._bring_up is not None:
             self._starting = self._loop.create_task(self._start(self._bring_up))
 
@@ -85,6 +95,15 @@ class Server(uvicorn.Server):
         """Begin to end; called in the event loop."""
         if self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    def _begin_reload(self, reload: Callable[[], Awaitable[object]]) -> None:
+        async def run() -> None:
+            with suppress(ReloadError):  # logged, and told to the feed
+                await reload()
+
+        task = self._loop.create_task(run())
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
 
     async def _start(self, bring_up: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -134,6 +153,7 @@ def run(
     port: int,
     drain: float,
     start: Callable[[], Awaitable[None]] | None = None,
+    reload: Callable[[], Awaitable[object]] | None = None,
 ) -> None:
     """Listen, and serve until a signal.
 
@@ -142,7 +162,7 @@ def run(
     app : FastAPI
     host, port
         Where to listen; port 0 takes a free one.
-    drain, start
+    drain, start, reload
         See `Server`.
 
     Raises
@@ -152,7 +172,7 @@ def run(
         What ``start`` raised.
     """
     sock = listen(host, port)
-    server = Server(app, drain=drain, start=start)
+    server = Server(app, drain=drain, start=start, reload=reload)
     at = f"[{host}]" if ":" in host else host
     _log.info("listening on http://%s:%d", at, sock.getsockname()[1])
     try:
