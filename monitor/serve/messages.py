@@ -122,7 +122,7 @@ class Step(NamedTuple):
     Attributes
     ----------
     ended : float
-        `time.monotonic` when the last forward pass had been sampled from.
+        `time.monotonic` when the last forward pass had been sampled from and judged.
     rows : int
         Rows folded.
     judge_seconds : float, optional

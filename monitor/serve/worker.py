@@ -70,7 +70,7 @@ def main(channel: Channel, plan: Plan) -> None:
         answer(channel, serving)
 
 
-def build(channel: Channel, plan: Plan) -> Serving:
+def build(channel: Channel, plan: Plan) -> Batching:
     """Load the model, and put the monitor on it."""
     if plan.device == "cpu":
         cores = len(os.sched_getaffinity(0))
@@ -93,10 +93,10 @@ def build(channel: Channel, plan: Plan) -> Serving:
         max_batch_tokens=plan.batch_tokens,
         allow_block_sharing=not any(probe.reads == "prompt" for probe in bundle.bank.probes),
     )
-    return Serving(channel, monitor, model, tokenizer, tier=plan.tier, batching=batching)
+    return Batching(channel, monitor, model, tokenizer, tier=plan.tier, batching=batching)
 
 
-def answer(channel: Channel, serving: Serving) -> None:
+def answer(channel: Channel, serving: Batching) -> None:
     """Do what the messages ask for, until there are no more."""
     channel.send(serving.ready)
     for message in channel:
@@ -112,7 +112,7 @@ def answer(channel: Channel, serving: Serving) -> None:
                     request.closely = on
 
 
-class Serving(BatchingAttachment):
+class Batching(BatchingAttachment):
     """Continuous batching whose events leave over a channel, one message per step.
 
     Parameters
@@ -209,9 +209,10 @@ class Serving(BatchingAttachment):
 
     def after_step(self) -> None:
         """Tell what may leave."""
-        ended, begun = time.monotonic(), perf_counter()
+        begun = perf_counter()
         super().after_step()
-        self._flush(ended, self._judge_seconds + perf_counter() - begun)
+        judge_seconds = self._judge_seconds + perf_counter() - begun
+        self._flush(time.monotonic(), judge_seconds)
 
     def stopped(self) -> None:
         """Tell that everything has ended; hang up, where nobody asked for it."""
@@ -268,12 +269,12 @@ class _Reader:
 
     Parameters
     ----------
-    serving : Serving
+    serving : Batching
     stream : str
     sampling : Sampling
     """
 
-    def __init__(self, serving: Serving, stream: str, sampling: Sampling) -> None:
+    def __init__(self, serving: Batching, stream: str, sampling: Sampling) -> None:
         self.sampling = sampling
         self._serving = serving
         self._stream = stream
