@@ -13,9 +13,10 @@ import signal
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -47,6 +48,7 @@ from midstream.serve.sampling import Sampling, shape
 from midstream.streams import Event
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
@@ -56,6 +58,16 @@ FAILED = "the model failed while it wrote this response; try again"
 
 def main(channel: Channel, plan: Plan) -> None:
     """Serve until the other end of the channel is gone."""
+    run(channel, plan, build, answer)
+
+
+def run(
+    channel: Channel,
+    plan: Plan,
+    build: Callable[[Channel, Plan], AbstractContextManager[T]],
+    answer: Callable[[Channel, T], None],
+) -> None:
+    """Build what answers, and let it; send ``Failed`` where it cannot be built."""
     # A Ctrl-C reaches every process of the terminal: the server says when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -70,8 +82,8 @@ def main(channel: Channel, plan: Plan) -> None:
         answer(channel, serving)
 
 
-def build(channel: Channel, plan: Plan) -> Batching:
-    """Load the model, and put the monitor on it."""
+def loaded(plan: Plan) -> tuple[Bundle, Any, Any]:
+    """Bundle, model and tokenizer; torch with as many threads as it is to have."""
     if plan.device == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(plan.threads or max(1, min(torch.get_num_threads(), cores - 1)))
@@ -83,13 +95,23 @@ def build(channel: Channel, plan: Plan) -> Batching:
     else:
         model, tokenizer = load(plan.model)
     model.to(plan.device)
+    return bundle, model, tokenizer
+
+
+def cache_tokens(plan: Plan, model: Any) -> int:
+    """Tokens that the cache has room for."""
+    if plan.cache_tokens is not None:
+        return plan.cache_tokens
+    return min(plan.slots * (window(model) or _ROOMY), _ROOMY)
+
+
+def build(channel: Channel, plan: Plan) -> Batching:
+    """Load the model, and put the monitor on it."""
+    bundle, model, tokenizer = loaded(plan)
     monitor = Monitor(bundle, slots=plan.slots, rows=plan.batch_tokens, device=plan.device)
-    cache = plan.cache_tokens
-    if cache is None:
-        cache = min(plan.slots * (window(model) or _ROOMY), _ROOMY)
     batching = ContinuousBatchingConfig(
         page_size=_PAGE,
-        num_blocks=-(-cache // _PAGE),
+        num_blocks=-(-cache_tokens(plan, model) // _PAGE),
         max_batch_tokens=plan.batch_tokens,
         allow_block_sharing=not any(probe.reads == "prompt" for probe in bundle.bank.probes),
     )
@@ -142,6 +164,7 @@ class Batching(BatchingAttachment):
         self._channel = channel
         self._told: deque[tuple[_Reader, Item]] = deque()
         self._telling = threading.Lock()
+        self._streaming: dict[str, Request] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
 
     @property
@@ -164,13 +187,14 @@ class Batching(BatchingAttachment):
                 )
             reader = _Reader(self, asked.stream, self._sampling.with_asked(asked.sampling))
             with self._telling:  # nothing is told of it before it was accepted
-                self.submit(
+                reader.request = self.submit(
                     ids,
                     max_new_tokens=asked.max_tokens,
                     tier=asked.tier,
                     request_id=asked.stream,
                     reader=reader,
                 )
+                self._streaming[asked.stream] = reader.request
                 self._channel.send(Accepted(asked.stream, len(ids)))
             return None
         except ApiError as error:
@@ -186,11 +210,15 @@ class Batching(BatchingAttachment):
 
     def find(self, stream: str) -> Request | None:
         """Return the request of a stream that has not ended."""
-        return self._requests.get(stream)
+        return self._streaming.get(stream)
 
     def tell(self, reader: _Reader, item: Item) -> None:
         """Put into the next message; from any thread."""
         self._told.append((reader, item))
+
+    def forget(self, stream: str) -> None:
+        """It has ended."""
+        del self._streaming[stream]
 
     def before_step(self) -> None:
         """Tell which streams ended with the step before."""
@@ -276,6 +304,7 @@ class _Reader:
 
     def __init__(self, serving: Batching, stream: str, sampling: Sampling) -> None:
         self.sampling = sampling
+        self.request: Request | None = None
         self._serving = serving
         self._stream = stream
         self._text = Text(serving.tokenizer)
@@ -287,10 +316,13 @@ class _Reader:
     def told(self, item: Item) -> list[Left | Event]:
         """What goes to the server."""
         if item is None:
+            self._serving.forget(self._stream)
             return []
         if isinstance(item, Released):
-            text = self._text.add(item.tokens)
-            return [Left(self._stream, len(item.tokens), item.position, item.risk, text)]
+            assert self.request is not None
+            unscored = self.request.session.hold_back.released_unscored
+            text, count = self._text.add(item.tokens), len(item.tokens)
+            return [Left(self._stream, count, item.position, item.risk, text, unscored)]
         if item.type == "error":
             return [item.model_copy(update={"message": FAILED})]
         if item.type == "halted":
