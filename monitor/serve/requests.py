@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import from_json
 
 from midstream.policy import TierName
@@ -13,7 +21,17 @@ from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.settings import Settings
 
+
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise ValueError("expected false")
+    return value
+
+
 _Zero = Annotated[float, Field(ge=0, le=0)]
+_No = Annotated[
+    bool, AfterValidator(_refuse_true), WithJsonSchema({"type": "boolean", "const": False})
+]  # Literal[False] takes 0
 _Nothing = Annotated[list[Any], Field(max_length=0)]
 
 MAX_STOPS = 4
@@ -149,7 +167,7 @@ class _Unserved(_Strict):
 
 
 class _UnservedOfChat(_Strict):
-    logprobs: Literal[False] | None = None
+    logprobs: _No | None = None
     top_logprobs: None = None
     tools: _Nothing | None = None
     tool_choice: Literal["none"] | None = None
@@ -161,13 +179,13 @@ class _UnservedOfChat(_Strict):
     modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
     prediction: None = None
     reasoning_effort: None = None
-    store: Literal[False] | None = None
+    store: _No | None = None
     web_search_options: None = None
 
 
 class _UnservedOfText(_Strict):
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
+    echo: _No | None = None
     logprobs: None = None
     suffix: None = None
 

@@ -98,6 +98,7 @@ class Server(uvicorn.Server):
         front.admission.draining = True
         if self._starting is not None:
             self._starting.cancel()
+        _log.info("stopping; %d requests have %g s to end", front.admission.count, self._drain)
         front.feed.notice("stopping", {"drain": self._drain, "requests": front.admission.count})
         try:
             async with asyncio.timeout(self._drain + GRACE):
