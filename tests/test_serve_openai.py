@@ -1,10 +1,18 @@
 """What the official client of OpenAI makes of the service, over a real socket."""
 
+import signal
+import subprocess
+import sys
+from itertools import count
+
+import httpx
 import openai
 import pytest
-from http_service import CHAT, LONG_LIVED, PATIENCE, TEXT, Service, wait_for
+from http_service import CHAT, LONG_LIVED, PATIENCE, TEXT, Address, Service, wait_for
 
+from midstream import testbed
 from midstream.serve.keys import Keys
+from midstream.serve.run import listen
 
 MESSAGES = CHAT["messages"]
 KEY = "a-key-of-some-length"
@@ -111,3 +119,70 @@ def test_closing_a_stream_frees_its_slot():
         wait_for(lambda: service.watching.events[-1].type == "finished")
         assert service.watching.events[-1].message == "cancelled"
         service.settled()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The command itself, on the testbed, with keys and settings from files."""
+    keys, limits = tmp_path / "keys", tmp_path / "settings.yaml"
+    keys.write_text(f"ada:{KEY}\n")
+    keys.chmod(0o600)
+    limits.write_text("max_tokens: 200\n")
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+    arguments = ["serve", "--port", str(port), "--slots", "4", "--drain", "20"]
+    arguments += ["--api-keys", str(keys), "--settings", str(limits)]
+    code = "from midstream.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield child, Address("127.0.0.1", port)
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_the_command_halts_the_testbeds_model(served):
+    child, address = served
+    wait_for(lambda: child.poll() is not None or answers(address, "/health"))
+    wait_for(lambda: child.poll() is not None or answers(address, "/ready"))
+    client = client_of(address, KEY)
+    # About a third of the testbed's responses violate.
+    for index in count():
+        chunks = list(
+            client.chat.completions.create(
+                model="testbed",
+                messages=testbed.sample_prompt(0, index).messages,
+                stream=True,
+                max_tokens=200,
+            )
+        )
+        if chunks[-1].choices[0].finish_reason == "content_filter":
+            break
+        assert index < 100
+    facts = chunks[-1].midstream
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text
+    assert facts["verdict"] == "HALT"
+    assert facts["cause"]
+    assert facts["peak_risk"] > 0.1
+    assert facts["scored"] >= len(text.split())
+    assert facts["unscored"] == 0
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model="testbed", messages=MESSAGES, extra_body={"midstream": {"tier": "loose"}}
+        )
+    assert "tier" in refused.value.param
+    child.send_signal(signal.SIGTERM)
+    _, log = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 0, log
+    assert "Traceback" not in log
+    assert text.split()[0] not in log
+
+
+def answers(address, path):
+    try:
+        return httpx.get(address.url + path).status_code == 200
+    except httpx.HTTPError:
+        return False

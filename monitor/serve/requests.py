@@ -22,6 +22,11 @@ from midstream.serve.errors import ApiError
 from midstream.serve.settings import Settings
 
 
+def _integral(value: Any) -> Any:
+    """In JSON 3.0 is an integer, too."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def _refuse_true(value: bool) -> bool:
     if value:
         raise ValueError("expected false")
@@ -29,12 +34,16 @@ def _refuse_true(value: bool) -> bool:
 
 
 _Zero = Annotated[float, Field(ge=0, le=0)]
+_Integral = BeforeValidator(_integral)
+_Count = Annotated[int, Field(ge=1), _Integral]
+_One = Annotated[int, Field(ge=1, le=1), _Integral]
 _No = Annotated[
     bool, AfterValidator(_refuse_true), WithJsonSchema({"type": "boolean", "const": False})
 ]  # Literal[False] takes 0
 _Nothing = Annotated[list[Any], Field(max_length=0)]
 
 MAX_STOPS = 4
+_LARGEST_ID = (1 << 31) - 1
 _STRINGS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
 
 
@@ -63,8 +72,10 @@ def _joined(content: Any) -> str:
 def _prompt(prompt: Any) -> str | tuple[int, ...]:
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(prompt, list) and prompt and all(type(i) is int and i >= 0 for i in prompt):
-        return tuple(prompt)
+    if isinstance(prompt, list) and prompt:
+        ids = tuple(_integral(token) for token in prompt)
+        if all(type(token) is int and 0 <= token <= _LARGEST_ID for token in ids):
+            return ids
     raise ValueError("expected one text, or one list of token ids, that is not empty")
 
 
@@ -92,6 +103,7 @@ Content = Annotated[
         {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
     ),
 ]
+_TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": _LARGEST_ID}
 PromptText = Annotated[
     str | tuple[int, ...],
     BeforeValidator(_prompt),
@@ -99,7 +111,7 @@ PromptText = Annotated[
         {
             "anyOf": [
                 {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                {"type": "array", "items": _TOKEN_ID, "minItems": 1},
             ]
         }
     ),
@@ -159,7 +171,7 @@ class PlainText(_Strict):
 # Parameters of OpenAI's API that are not served are declared with the values that ask for nothing,
 # since many clients send those. Any fault in one of them is `unsupported_parameter`.
 class _Unserved(_Strict):
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: _One | None = None
     seed: None = None
     frequency_penalty: _Zero | None = None
     presence_penalty: _Zero | None = None
@@ -184,7 +196,7 @@ class _UnservedOfChat(_Strict):
 
 
 class _UnservedOfText(_Strict):
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: _One | None = None
     echo: _No | None = None
     logprobs: None = None
     suffix: None = None
@@ -192,10 +204,10 @@ class _UnservedOfText(_Strict):
 
 class _Request(_Unserved):
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1 << 20), _Integral] | None = None
     stop: Stops = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -240,7 +252,7 @@ class ChatRequest(_Request, _UnservedOfChat):
     """Body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: _Count | None = None
 
     def _limit(self) -> int | None:
         # Both say "at most", so that the smaller one honours both.
