@@ -31,7 +31,7 @@ class ListenError(OSError):
 class Server(uvicorn.Server):
     """Serves until a signal; then takes no more, lets streams end, and cuts those left.
 
-    A second signal ends it at once.
+    A second signal cuts them at once.
 
     Parameters
     ----------
@@ -85,11 +85,14 @@ class Server(uvicorn.Server):
             self._starting = self._loop.create_task(self._start(self._bring_up))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; end at the second."""
-        if self._ending is not None or not self.started:
+        """Drain at the first signal; cut what is left at the second."""
+        if not self.started:
             super().handle_exit(sig, frame)
-        else:
+        elif self._ending is None:
             self._loop.call_soon_threadsafe(self.drain)
+        else:
+            self._loop.call_soon_threadsafe(self._front.admission.cut)
+            self.should_exit = True
 
     def drain(self) -> None:
         """Begin to end; called in the event loop."""
@@ -117,6 +120,7 @@ class Server(uvicorn.Server):
         front.admission.draining = True
         if self._starting is not None:
             self._starting.cancel()
+        _log.info("stopping; %d requests have %g s to end", front.admission.count, self._drain)
         front.feed.notice("stopping", {"drain": self._drain, "requests": front.admission.count})
         try:
             async with asyncio.timeout(self._drain + GRACE):
