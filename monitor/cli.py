@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 from rich.console import Console
 
-from midstream.commands import agents, chain, gate, testbed
+from midstream.commands import agents, audit, chain, gate, testbed
 from midstream.commands.chain_stop import stop
 from midstream.commands.collect import collect
 from midstream.commands.demo import demo
@@ -46,6 +46,10 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "agents": (
         "Agents: risk levels of their steps, and the chance that they violate within the next.",
         {"check": agents.check, "fit": agents.fit},
+    ),
+    "audit": (
+        "The audit log of a service: show it, and check that nobody changed it.",
+        {"show": audit.show, "verify": audit.verify},
     ),
     "testbed": (
         "The testbed: a small language whose rule, model and Bayes oracle are known.",

@@ -35,6 +35,8 @@ class Ask:
         Name of the API key, empty where the server asks for none.
     body : mapping
         What the client sent, for engines that send it on.
+    trace : mapping
+        The headers ``traceparent`` and ``tracestate`` of the request, as far as given.
     """
 
     stream: str
@@ -47,6 +49,7 @@ class Ask:
     conversation: str | None = None
     client: str = ""
     body: Mapping[str, Any] = field(default_factory=dict)
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 class Stream(Protocol):

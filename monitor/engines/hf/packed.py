@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from midstream.engines.hf.checks import UnsupportedGenerationError
 from midstream.engines.hf.requests import Request
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
-from midstream.streams import StreamReport
+from midstream.streams import Event, StreamReport
 from midstream.taps import Tap
 
 
@@ -124,7 +125,8 @@ class PackedStreams:
                 "step was released"
             )
         table, slots = self._monitor.slots.host, [request.slot for request, _ in self._fed]
-        columns = [getattr(table, name)[slots].tolist() for name in ("verdict", "risk", "cause")]
+        names = ("unscored", "verdict", "risk", "cause")
+        columns = [getattr(table, name)[slots].tolist() for name in names]
         for (request, position), *found in zip(self._fed, *columns, strict=True):
             if position > request.judged:  # and not recomputed
                 request.judged = position
@@ -156,7 +158,8 @@ class PackedStreams:
             enforced=self._enforces and reason != "error",
         )
         request.slot = None
-        request.release(request.session.finish(), None, report.risk)
+        if reason != "error":  # or a token whose verdict was not read could pass as unscored
+            request.release(request.session.finish(), None, report.risk)
         return report
 
     def _admitted(self, request: Request) -> int:
@@ -193,14 +196,37 @@ class PackedStreams:
         return only_end(ended, scores, self._ends[0])
 
     def _release(
-        self, request: Request, position: int, verdict: int, risk: float, cause: int
+        self,
+        request: Request,
+        position: int,
+        unscored: int,
+        verdict: int,
+        risk: float,
+        cause: int,
     ) -> None:
         allowed = Verdict(verdict) if self._enforces else Verdict.CONTINUE
         name = self._monitor.cause_name(cause)
-        tokens, events = request.session.judge(position, allowed, risk, name)
+        tokens, events = request.session.judge(
+            position, allowed, risk, name, scored=unscored == request.unscored
+        )
+        request.unscored = unscored
+        if request.closely:
+            request.tell(self._scored(request, position, Verdict(verdict), risk, name))
         request.release(tokens, position, risk)
         for event in events:
             request.tell(event)
+
+    def _scored(
+        self, request: Request, position: int, verdict: Verdict, risk: float, cause: str | None
+    ) -> Event:
+        """What became of one token, with its logits as the trace has them."""
+        kept, scores = self._monitor.slots.trace_logits, None
+        if kept.shape[1]:
+            logits = kept[request.slot, position % kept.shape[1]].tolist()
+            pairs = zip(self._monitor.bank.names, logits, strict=True)
+            scores = {name: z if math.isfinite(z) else None for name, z in pairs}
+        facts = {"position": position, "risk": risk, "cause": cause, "scores": scores}
+        return request.session.event("scored", verdict=verdict.name, **facts)
 
 
 class _Rows:

@@ -39,10 +39,43 @@ class Response:
 
 
 @dataclass(frozen=True)
-class _Released:
+class Released:
+    """Tokens that may leave."""
+
     tokens: list[int]
     position: int | None
     risk: float
+
+
+Item = Released | Event | None
+"""What a reader is given: tokens that may leave, events, and None at the end."""
+
+
+class Text:
+    """The text of tokens as they come, in whole characters.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerFast
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._shown = 0  # characters
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Return the text that is complete with these tokens."""
+        self._tokens += tokens
+        pieces = [self._decoder.step(self._backend, token) for token in tokens]
+        text = "".join(piece for piece in pieces if piece)
+        self._shown += len(text)
+        return text
+
+    def rest(self) -> str:
+        """Return what was waiting for the rest of a character, at the end."""
+        return str(self._backend.decode(self._tokens))[self._shown :]
 
 
 class Request:
@@ -56,6 +89,9 @@ class Request:
     session : Session
         Its front end.
     prompt : sequence of int
+    key : str
+        What the generation loop calls it. Never used twice, as its name may be: a loop that is told
+        to drop a name can have been given another request under it.
     limit : int
         Tokens of the response, at most.
     tier : str
@@ -66,6 +102,9 @@ class Request:
         What the events' text is decoded with.
     cancel : callable
         Called with the request by :meth:`cancel`.
+    reader : callable, optional
+        Given each item at once, in the thread in which it came up; there is nothing to iterate
+        then.
     """
 
     def __init__(
@@ -73,14 +112,17 @@ class Request:
         session: Session[int],
         prompt: Sequence[int],
         *,
+        key: str,
         limit: int,
         tier: TierName,
         prior: Sequence[float] | None,
         sampling: dict[str, Any],
         tokenizer: Any,
         cancel: Callable[[Request], None],
+        reader: Callable[[Item], None] | None = None,
     ) -> None:
         self.id = session.stream
+        self.key = key
         self.session = session
         self.prompt_tokens = len(prompt)
         self.limit = limit
@@ -95,10 +137,17 @@ class Request:
         """Whether the generation loop has it."""
         self.judged = -1
         """Position up to which its tokens were judged."""
+        self.closely = False
+        """Whether its reader is told of every token's scores."""
+        self.reader = reader
+        self.unscored = 0
+        """Of these, those without a score."""
         self._tokenizer = tokenizer
         self._cancel = cancel
-        self._items: SimpleQueue[_Released | Event | None] = SimpleQueue()
+        self._items: SimpleQueue[Item] = SimpleQueue()
+        self._put = self._items.put if reader is None else reader
         self._released: list[int] = []
+        self._written: Text | None = None  # kept, as a reader may stop and read on
         self._done = threading.Event()
         self._response: Response | None = None
         self._error: GenerationFailedError | None = None
@@ -109,21 +158,15 @@ class Request:
                 "without a tokenizer there is no text to stream; pass it to attach_batching, or "
                 "use result()"
             )
-        backend = self._tokenizer.backend_tokenizer
-        decoder, shown = DecodeStream(skip_special_tokens=True), ""
+        if self._written is None:
+            self._written = Text(self._tokenizer)
         while (item := self._items.get()) is not None:
-            if isinstance(item, _Released):
-                pieces = [decoder.step(backend, token) for token in item.tokens]
-                text = "".join(piece for piece in pieces if piece)
-                position, risk = item.position, item.risk
+            text, position, risk = "", None, 0.0
+            if isinstance(item, Released):
+                text, position, risk = self._written.add(item.tokens), item.position, item.risk
             elif item.type == "finished" and self.session.phase != Phase.HALTED:
-                # The decoder waits for the rest of a character that was cut short.
-                text = backend.decode(self._released)[len(shown) :]
-                position, risk = None, item.risk or 0.0
-            else:
-                text = ""
+                text, risk = self._written.rest(), item.risk or 0.0
             if text:
-                shown += text
                 yield self.session.event("released", position=position, risk=risk, text=text)
             if isinstance(item, Event):
                 yield item
@@ -164,11 +207,11 @@ class Request:
         """Let tokens go to the reader."""
         if tokens:
             self._released += tokens
-            self._items.put(_Released(tokens, position, risk))
+            self._put(Released(tokens, position, risk))
 
     def tell(self, event: Event) -> None:
         """Let an event go to the reader."""
-        self._items.put(event)
+        self._put(event)
 
     def end(self, reason: str, report: StreamReport | None) -> None:
         """Close it; what may still leave was released before."""
@@ -176,16 +219,22 @@ class Request:
         facts = {} if report is None else {"risk": report.risk, "verdict": report.verdict}
         cause = None if report is None else report.cause
         self.tell(
-            self.session.event("finished", cause=cause, message=reason, report=report, **facts)
+            self.session.event(
+                "finished", cause=cause, message=reason, report=report, **facts, **self._delivered()
+            )
         )
         self._close()
 
     def fail(self, message: str) -> None:
         """Close it with an error, which its reader's thread raises."""
         self._error = GenerationFailedError(f"request {self.id!r}: {message}")
-        self.tell(self.session.event("error", message=message))
+        self.tell(self.session.event("error", message=message, **self._delivered()))
         self._close()
 
+    def _delivered(self) -> dict[str, int]:
+        queue = self.session.hold_back
+        return {"delivered": queue.released, "delivered_unscored": queue.released_unscored}
+
     def _close(self) -> None:
-        self._items.put(None)
+        self._put(None)
         self._done.set()

@@ -1,0 +1,87 @@
+"""``midstream serve``: an OpenAI-compatible endpoint whose streams are watched."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from midstream.commands.options import BundleOption, Model, Tier
+
+if TYPE_CHECKING:
+    from midstream.serve.settings import Settings
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
+ApiKeys = Annotated[
+    Path | None,
+    typer.Option(help="File of name:key lines that only its owner can read; open when not given."),
+]
+Drain = Annotated[float, typer.Option(min=0, help="Seconds that streams have to end on SIGTERM.")]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option("--settings", help="YAML file of limits; docs/serve.md has the list."),
+]
+
+
+def serve(
+    model: Model = None,
+    bundle: BundleOption = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients ask for; the folder's when not given. Repeatable."),
+    ] = None,
+    tier: Tier = None,
+    slots: Annotated[int, typer.Option(min=1, help="Streams written at a time.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that wait for a slot.")] = 256,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_keys: ApiKeys = None,
+    drain: Drain = 30.0,
+    settings: SettingsFile = None,
+) -> None:
+    """Serve a model and its bundle, or the testbed's, as OpenAI's API."""
+    from midstream.serve.app import create_app
+    from midstream.serve.feed import Feed
+    from midstream.serve.keys import Keys
+    from midstream.serve.local import LocalEngine
+    from midstream.serve.run import run
+
+    if model is not None and bundle is None:
+        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    limits = read_settings(settings)
+    keys = Keys() if api_keys is None else Keys.load(api_keys)
+    log_to_stderr()
+    feed = Feed()
+    engine = LocalEngine(
+        feed,
+        model=model,
+        bundle=bundle,
+        names=tuple(name or ()),
+        tier=tier,
+        slots=slots,
+        max_waiting=max_waiting,
+    )
+    app = create_app(engine, feed, limits, keys=keys)
+    run(app, host=host, port=port, drain=drain, start=engine.start)
+
+
+def read_settings(path: Path | None) -> Settings:
+    """Limits from a file, or the defaults.
+
+    Raises
+    ------
+    SettingsError
+        Naming each key at fault.
+    """
+    from midstream.serve.settings import Settings
+
+    return Settings() if path is None else Settings.load(path)
+
+
+def log_to_stderr() -> None:
+    """Log to standard error, a line each; of other libraries only what is wrong."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("midstream").setLevel(logging.INFO)

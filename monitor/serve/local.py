@@ -1,0 +1,336 @@
+"""The engine whose model runs on this machine, in a process of its own (see `worker`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from midstream.bundle import Bundle, BundleError
+from midstream.policy import PolicyError
+from midstream.serve.channel import Channel
+from midstream.serve.engine import Ask
+from midstream.serve.errors import ApiError
+from midstream.serve.feed import EngineStats, Feed
+from midstream.serve.messages import Look, Plan
+from midstream.serve.serving import LocalStream, Main, Serving, unavailable
+from midstream.serve.workers import WorkerError
+
+_log = logging.getLogger(__name__)
+
+STATS_EVERY = 1.0  # seconds
+BACK_OFF = 0.5  # seconds before the first restart; doubled with each that fails
+LONGEST_BACK_OFF = 30.0
+STEADY = 60.0  # seconds after which a worker's end has nothing to do with the one before
+CUT = 5.0  # seconds for streams that are cut to say so
+
+
+class ReloadError(ValueError):
+    """A bundle that was not taken; the one before is in force."""
+
+
+def serve_model(channel: Channel, plan: Plan) -> None:
+    """What runs in the worker. Only there transformers is imported."""
+    from midstream.serve.worker import main
+
+    main(channel, plan)
+
+
+class LocalEngine:
+    """Serves one model and its bundle; see `midstream.serve.engine.Engine`.
+
+    Start it in the event loop that it is used in::
+
+        engine = LocalEngine(feed, model="folder", bundle="folder")
+        await engine.start()
+        stream = await engine.submit(ask)
+
+    Parameters
+    ----------
+    feed : Feed
+        Told of everything.
+    model : path, optional
+        Folder of the model; the testbed's when not given.
+    bundle : path, optional
+        Made for the model; the testbed's when not given.
+    names : sequence of str, optional
+        Under which the model is asked for; the folder's name when not given.
+    tier : str, optional
+        Of requests that ask for none; the policy's own when not given.
+    slots : int
+        Streams that are written at a time.
+    max_waiting : int
+        Requests that wait for a slot; more are refused with 429.
+    cache_tokens, batch_tokens, device, threads
+        See `midstream.serve.messages.Plan`.
+    main : callable
+        What runs in the worker.
+    """
+
+    _serve: type[Serving] = Serving
+
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        model: str | Path | None = None,
+        bundle: str | Path | None = None,
+        names: tuple[str, ...] = (),
+        tier: str | None = None,
+        slots: int = 64,
+        max_waiting: int = 256,
+        cache_tokens: int | None = None,
+        batch_tokens: int = 512,
+        device: str = "cpu",
+        threads: int | None = None,
+        main: Main = serve_model,
+    ) -> None:
+        if model is not None and bundle is None:
+            raise ValueError("a model needs the bundle that was made for it: give one")
+        self.feed = feed
+        self._bundle_folder = bundle
+        self._names = names or (("testbed",) if model is None else (Path(model).resolve().name,))
+        self._plan: dict[str, Any] = {
+            "model": None if model is None else str(model),
+            "slots": slots,
+            "cache_tokens": cache_tokens,
+            "batch_tokens": batch_tokens,
+            "tier": tier,
+            "device": device,
+            "threads": threads,
+        }
+        self._slots, self._max_waiting = slots, max_waiting
+        self._main = main
+        self._serving: Serving | None = None
+        self._draining: set[Serving] = set()
+        self._changing = asyncio.Lock()
+        self._unready: str | None = "it was not started"
+        self._retry_after: float | None = None
+        self._closing = False
+        self._failures = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stats: asyncio.Task[Any] | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names under which it answers."""
+        return self._names
+
+    @property
+    def unready(self) -> str | None:
+        """Why it takes no requests now; None when it does."""
+        return self._unready
+
+    async def start(self) -> None:
+        """Load the bundle, start the worker and wait until it serves.
+
+        Raises
+        ------
+        BundleError
+        WorkerError
+            When the model cannot be served.
+        """
+        self._unready = "the model is being loaded"
+        bundle = await asyncio.to_thread(self._load, self._bundle_folder)
+        async with self._changing:
+            await self._install(bundle)
+        self._stats = asyncio.get_running_loop().create_task(self._tell_stats())
+        assert self._serving is not None
+        self.feed.notice("started", {"bundle": bundle.hash, "pid": self._serving.worker.pid})
+
+    async def submit(self, ask: Ask) -> LocalStream:
+        """Begin a response.
+
+        Raises
+        ------
+        ApiError
+            For what cannot be served, with what to tell the client.
+        """
+        serving = self._serving
+        if self._unready is not None or serving is None or serving.ready is None:
+            raise unavailable(self._unready or "no worker", self._retry_after)
+        if ask.model not in self._names:
+            raise ApiError(
+                404,
+                f"the model {ask.model!r} does not exist here; there is {', '.join(self._names)}",
+                code="model_not_found",
+                param="model",
+            )
+        try:
+            serving.ready.policy.tier_for(ask.tier)
+        except PolicyError as error:
+            raise ApiError(400, str(error), code="invalid_tier", param="tier") from error
+        if ask.stream in serving.streams:
+            raise ValueError(f"stream {ask.stream!r} is there already; ids are for one stream each")
+        if len(serving.streams) >= self._slots + self._max_waiting:
+            raise ApiError(
+                429,
+                f"{self._slots} responses are being written and {self._max_waiting} wait; try "
+                "again later",
+                code="too_many_requests",
+                retry_after=1.0,
+            )
+        return await serving.submit(ask)
+
+    def look_closely(self, stream: str, on: bool) -> None:
+        """Tell ``scored`` events of a stream, one per token, or stop doing so.
+
+        Without effect on a stream that has ended.
+        """
+        for serving in self._live:
+            if stream in serving.streams:
+                serving.worker.send(Look(stream, on))
+
+    async def reload(self, folder: str | Path) -> str:
+        """Judge streams from now on by another bundle; return its hash.
+
+        A second worker is started with it. Until that serves, and if it cannot, nothing changes;
+        then new requests go there, and the first worker ends with its last stream.
+
+        Raises
+        ------
+        ReloadError
+            With the cause, which was also logged and told to the feed.
+        """
+        before = self._serving.ready.bundle if self._serving and self._serving.ready else None
+        try:
+            if self._closing:
+                raise ReloadError("the server is shutting down")
+            if self._changing.locked():
+                raise ReloadError("another reload or a restart is under way; try again later")
+            if self._draining:
+                raise ReloadError("streams of the last reload are still running; try again later")
+            async with self._changing:
+                bundle = await asyncio.to_thread(self._load, folder)
+                old = self._serving
+                await self._install(bundle)
+                if old is not None:
+                    self._drain(old)
+        except (ReloadError, BundleError, WorkerError, OSError) as error:
+            _log.error("the bundle was not reloaded: %s", error)
+            self.feed.notice("reload_refused", {"bundle": before, "reason": str(error)})
+            raise ReloadError(str(error)) from error
+        _log.info("reloaded: bundle %s, after %s", bundle.hash, before)
+        self.feed.notice("reloaded", {"bundle": bundle.hash, "before": before})
+        return bundle.hash
+
+    async def close(self, drain: float) -> None:
+        """Take no more requests, let the streams end within ``drain`` seconds, cut those left."""
+        if self._closing:
+            return
+        self._closing, self._unready = True, "the server is shutting down"
+        async with self._changing:
+            live = self._live
+        if not await _all_idle(live, drain):
+            for serving in live:
+                for stream in list(serving.streams.values()):
+                    stream.cancel()
+            await _all_idle(live, CUT)
+        await asyncio.gather(*(serving.worker.stop() for serving in live))
+        tasks = [*self._tasks, *([self._stats] if self._stats else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def _live(self) -> list[Serving]:
+        return [*([self._serving] if self._serving else []), *self._draining]
+
+    @staticmethod
+    def _load(folder: str | Path | None) -> Bundle:
+        if folder is not None:
+            return Bundle.load(folder)
+        from midstream import testbed
+
+        return testbed.load_bundle()
+
+    async def _install(self, bundle: Bundle) -> None:
+        """Start a worker with the bundle and send new requests there; the lock is held."""
+        plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
+        serving = self._serve(plan, self._main, self.feed, self._lost)
+        await serving.start()
+        self._bundle = bundle
+        self._serving = serving
+        if not self._closing:
+            self._unready = self._retry_after = None
+
+    def _drain(self, serving: Serving) -> None:
+        self._draining.add(serving)
+
+        async def stop() -> None:
+            await serving.idle.wait()
+            await serving.worker.stop()
+
+        self._spawn(stop())
+
+    def _lost(self, serving: Serving) -> None:
+        """A worker's process is gone; its streams were told."""
+        self._draining.discard(serving)
+        if serving is not self._serving:
+            return
+        self._serving = None
+        if self._closing:
+            return
+        steady = time.monotonic() - serving.since > STEADY
+        self._failures = 0 if steady else self._failures + 1
+        self._spawn(self._restart(f"the model's process ended: {serving.reason}"))
+
+    async def _restart(self, reason: str) -> None:
+        while not self._closing:
+            wait = min(BACK_OFF * 2 ** max(0, self._failures - 1), LONGEST_BACK_OFF)
+            self._unready = f"{reason}; another is started"
+            self._retry_after = wait
+            _log.error("%s; another is started in %g s", reason, wait)
+            self.feed.notice("worker_lost", {"reason": reason, "restart_after": wait})
+            await asyncio.sleep(wait)
+            try:
+                async with self._changing:
+                    if self._closing or self._serving is not None:  # a reload was quicker
+                        return
+                    await self._install(self._bundle)
+            except (WorkerError, OSError) as error:
+                self._failures += 1
+                reason = str(error)
+                continue
+            _log.info("restarted")
+            self.feed.notice("restarted", {"bundle": self._bundle.hash})
+            return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell_stats(self) -> None:
+        while True:
+            await asyncio.sleep(STATS_EVERY)
+            live = self._live
+            used = sum(self._slots - serving.free_slots for serving in live)
+            streams = sum(len(serving.streams) for serving in live)
+            rows = sum(serving.rows for serving in live)
+            seconds = tuple(s for serving in live for s in serving.judge_seconds)
+            for serving in live:
+                serving.rows, serving.judge_seconds = 0, []
+            self.feed.stats(
+                EngineStats(
+                    slots=self._slots * len(live),
+                    slots_used=used,
+                    waiting=max(0, streams - used),
+                    judged_rows=rows,
+                    judge_seconds=seconds,
+                )
+            )
+
+
+async def _all_idle(servings: list[Serving], seconds: float) -> bool:
+    """Wait until no stream is left; False if that takes longer."""
+    waits = asyncio.gather(*(serving.idle.wait() for serving in servings))
+    try:
+        await asyncio.wait_for(waits, seconds)
+    except TimeoutError:
+        return False
+    return True

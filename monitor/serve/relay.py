@@ -1,0 +1,211 @@
+"""From an engine's stream to a client: pieces of text, and one end, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from midstream.serve.engine import Stream
+from midstream.serve.errors import ApiError
+from midstream.serve.settings import Settings
+from midstream.serve.stops import StopStrings
+from midstream.streams import StreamReport
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that leaves.
+
+    Attributes
+    ----------
+    text : str
+    start : int
+        Characters that left before it.
+    checked : int
+        Characters of the response up to which everything was judged.
+    """
+
+    text: str
+    start: int
+    checked: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a response ended.
+
+    Attributes
+    ----------
+    finish_reason : str, optional
+        None where it broke off; ``error`` then says why.
+    error : ApiError, optional
+        What to tell the client.
+    report : StreamReport, optional
+        What the monitor saw.
+    completion_tokens : int
+    checked, length : int
+        Characters judged, and characters that left.
+    """
+
+    finish_reason: str | None
+    error: ApiError | None
+    report: StreamReport | None
+    completion_tokens: int
+    checked: int
+    length: int
+
+
+class DeliveryError(Exception):
+    """Nothing more can be delivered to the client."""
+
+
+class SlowReaderError(DeliveryError):
+    """It left its socket full for too long."""
+
+
+class ClientGoneError(DeliveryError):
+    """It is not there any more."""
+
+
+class Relay:
+    """Carries one stream to its client.
+
+    Parameters
+    ----------
+    stream : Stream
+    stops : tuple of str
+    settings : Settings
+    """
+
+    def __init__(self, stream: Stream, stops: tuple[str, ...], settings: Settings) -> None:
+        self.stream = stream
+        self._stops = StopStrings(stops)
+        self._settings = settings
+        self._clock: asyncio.Timeout | None = None
+        self._cut: ApiError | None = None
+        self._gone = False
+        self._ended = False
+        self._length = 0
+        self._released = 0
+        self._checked = 0
+        self._report: StreamReport | None = None
+
+    def cut(self, error: ApiError) -> None:
+        """Break the response off soon, with this as its end."""
+        self._cut = self._cut or error
+        self._expire()
+
+    def leave(self) -> None:
+        """The client has gone: break off soon, without an end."""
+        self._gone = True
+        self._expire()
+
+    def _expire(self) -> None:
+        if self._clock is not None and not self._clock.expired():
+            self._clock.reschedule(0.0)
+
+    async def run(self, deliver: Callable[[Piece], Awaitable[None]]) -> End:
+        """Hand every piece to ``deliver``; return how it ended. The stream is never left running.
+
+        Raises
+        ------
+        ClientGoneError
+            After `leave`.
+        """
+        try:
+            reason, error = await self._timed(deliver)
+        finally:
+            if not self._ended:
+                self.stream.cancel()
+        tokens = self.stream.completion_tokens
+        checked = min(self._checked, self._length)
+        return End(reason, error, self._report, tokens, checked, self._length)
+
+    async def _timed(
+        self, deliver: Callable[[Piece], Awaitable[None]]
+    ) -> tuple[str | None, ApiError | None]:
+        now = asyncio.get_running_loop().time()
+        self._latest = now + self._settings.request_seconds
+        start = now + self._settings.start_seconds
+        try:
+            async with asyncio.timeout_at(min(start, self._latest)) as self._clock:
+                if self._cut is not None or self._gone:
+                    self._expire()
+                return await self._follow(deliver)
+        except TimeoutError:
+            if self._gone:
+                raise ClientGoneError from None
+            return None, self._cut or ApiError(504, "the response took too long", code="timeout")
+        except DeliveryError:
+            raise
+        except Exception:
+            _log.exception("stream %s: its engine failed", self.stream.ask.stream)
+            return None, engine_error()
+        finally:
+            self._clock = None
+
+    async def _follow(
+        self, deliver: Callable[[Piece], Awaitable[None]]
+    ) -> tuple[str | None, ApiError | None]:
+        begun = False
+        async for event in self.stream:
+            if not begun:
+                begun = True
+                self._begin()
+            if event.type == "released":
+                text = event.text or ""
+                self._released += len(text)
+                if event.risk is not None:
+                    # What a scored token attended to is judged with it.
+                    self._checked = self._released
+                await self._pass(self._stops.take(text), deliver)
+                if self._stops.hit:
+                    self.stream.cancel()
+            elif event.type == "error":
+                self._ended = True
+                _log.error("stream %s broke off: %s", event.stream, event.message)
+                if self._stops.hit:
+                    return "stop", None
+                await self._pass(self._stops.finish(), deliver)
+                return None, engine_error()
+            elif event.type == "finished":
+                self._ended = True
+                self._report = event.report
+                if self._stops.hit:
+                    return "stop", None
+                await self._pass(self._stops.finish(), deliver)
+                if event.message == "cancelled":
+                    return None, self._cut or cancelled()
+                return event.message, None
+        _log.error("stream %s ended without saying so", self.stream.ask.stream)
+        return None, engine_error()
+
+    def _begin(self) -> None:
+        """The engine has begun, so that only the latest end still counts."""
+        if self._clock is not None and not self._clock.expired() and self._cut is None:
+            self._clock.reschedule(self._latest)
+
+    async def _pass(self, text: str, deliver: Callable[[Piece], Awaitable[None]]) -> None:
+        if text:
+            start, self._length = self._length, self._length + len(text)
+            await deliver(Piece(text, start, min(self._checked, self._length)))
+
+
+def engine_error() -> ApiError:
+    """What a client is told of a failure: nothing of the insides, which the log has."""
+    return ApiError(500, "the engine failed while it wrote; try again", code="engine_error")
+
+
+def cancelled() -> ApiError:
+    """The server ended a stream of itself."""
+    return ApiError(503, "the server cancelled the response; try again", code="cancelled")
+
+
+def shutting_down() -> ApiError:
+    """The server goes away."""
+    message = "the server is shutting down; try again"
+    return ApiError(503, message, code="server_shutting_down", retry_after=5.0)

@@ -1,0 +1,163 @@
+"""Running the application: uvicorn, and an end that drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from midstream.serve.app import Front
+from midstream.serve.protocol import guarded
+
+_log = logging.getLogger(__name__)
+
+GRACE = 5.0
+"""Seconds beyond those for draining: for the engine to cut, and for clients to be told."""
+
+
+class ListenError(OSError):
+    """The address cannot be had."""
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal; then takes no more, lets streams end, and cuts those left.
+
+    A second signal ends it at once.
+
+    Parameters
+    ----------
+    app : FastAPI
+        From `midstream.serve.app.create_app`.
+    drain : float
+        Seconds that streams have to end.
+    start : callable, optional
+        Brings the engine up, while ``/health`` already answers; if it fails the server ends.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        drain: float,
+        start: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._front: Front = app.state.front
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=guarded(self._front.settings),
+                ws="none",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=int(GRACE),
+            )
+        )
+        self._drain = drain
+        self._bring_up = start
+        self._starting: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self.failure: BaseException | None = None
+        """Why the engine did not come up."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and bring the engine up."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        if self._bring_up is not None:
+            self._starting = self._loop.create_task(self._start(self._bring_up))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; end at the second."""
+        if self._ending is not None or not self.started:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Begin to end; called in the event loop."""
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def _start(self, bring_up: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await bring_up()
+        except Exception as failure:
+            self.failure = failure
+            self.drain()
+
+    async def _end(self) -> None:
+        front = self._front
+        front.admission.draining = True
+        if self._starting is not None:
+            self._starting.cancel()
+        front.feed.notice("stopping", {"drain": self._drain, "requests": front.admission.count})
+        try:
+            async with asyncio.timeout(self._drain + GRACE):
+                await front.engine.close(self._drain)
+        except TimeoutError:
+            _log.error("the engine did not end %.0f s after it should have", GRACE)
+        except Exception:
+            _log.exception("the engine failed to end")
+        front.admission.cut()
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Socket to serve on.
+
+    Raises
+    ------
+    ListenError
+        Where that is not possible, say because the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}"
+        ) from error
+
+
+def run(
+    app: FastAPI,
+    *,
+    host: str,
+    port: int,
+    drain: float,
+    start: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Listen, and serve until a signal.
+
+    Parameters
+    ----------
+    app : FastAPI
+    host, port
+        Where to listen; port 0 takes a free one.
+    drain, start
+        See `Server`.
+
+    Raises
+    ------
+    ListenError
+    Exception
+        What ``start`` raised.
+    """
+    sock = listen(host, port)
+    server = Server(app, drain=drain, start=start)
+    at = f"[{host}]" if ":" in host else host
+    _log.info("listening on http://%s:%d", at, sock.getsockname()[1])
+    try:
+        server.run([sock])
+    finally:
+        app.state.front.feed.close()
+    if server.failure is not None:
+        raise server.failure

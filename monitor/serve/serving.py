@@ -1,0 +1,201 @@
+"""One worker as the engine has it: its streams, and what it said of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from midstream.serve.channel import Channel
+from midstream.serve.engine import Ask
+from midstream.serve.errors import ApiError
+from midstream.serve.feed import Feed, Opened
+from midstream.serve.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Left,
+    Plan,
+    Ready,
+    Refused,
+    Step,
+    Submit,
+)
+from midstream.serve.workers import Worker, WorkerError
+from midstream.streams import Event
+
+Main = Callable[[Channel, Any], None]
+
+
+class LocalStream:
+    """One response; see `midstream.serve.engine.Stream`."""
+
+    def __init__(self, ask: Ask, serving: Serving) -> None:
+        self.ask = ask
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.opened: Opened | None = None
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._serving = serving
+        self._events: deque[Event] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Give the events as they come."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if event.type in ("finished", "error"):
+                    return
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+    def cancel(self) -> None:
+        """Free its slot before the next step."""
+        self._serving.worker.send(Cancel(self.ask.stream))
+
+    def put(self, event: Event) -> None:
+        """Let the reader have an event."""
+        self._events.append(event)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+class Serving:
+    """A worker as the engine has it: its streams, and what it said of itself.
+
+    Parameters
+    ----------
+    plan : Plan
+    main : callable
+        What runs in the process.
+    feed : Feed
+    lost : callable
+        Called with this and a reason when the process is gone.
+    """
+
+    def __init__(self, plan: Plan, main: Main, feed: Feed, lost: Callable[[Serving], None]) -> None:
+        self.plan = plan
+        self.streams: dict[str, LocalStream] = {}
+        self.ready: Ready | None = None
+        self.reason: str | None = None
+        """Why it is gone."""
+        self.since = 0.0
+        self.free_slots = 0
+        self.rows = 0
+        self.judge_seconds: list[float] = []
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.idle = asyncio.Event()
+        """Set while there are no streams."""
+        self.idle.set()
+        self.worker = Worker(main, plan, self._received, self._ended)
+        self._feed, self._lost = feed, lost
+
+    async def start(self) -> None:
+        """Start it and wait until it serves.
+
+        Raises
+        ------
+        WorkerError
+        """
+        await self.worker.start()
+        try:
+            await asyncio.shield(self.started)
+        except BaseException:
+            await self.worker.stop()
+            raise
+        self.since = time.monotonic()
+
+    async def submit(self, ask: Ask) -> LocalStream:
+        """Send a request, and wait until it was accepted."""
+        stream = self.streams[ask.stream] = LocalStream(ask, self)
+        self.idle.clear()
+        self.worker.send(
+            Submit(ask.stream, ask.messages, ask.prompt, ask.max_tokens, ask.tier, ask.sampling)
+        )
+        try:
+            await asyncio.shield(stream.accepted)
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        return stream
+
+    def _received(self, message: Any) -> None:
+        match message:
+            case Step():
+                self.free_slots = message.free_slots
+                self.rows += message.rows
+                if message.judge_seconds is not None:
+                    self.judge_seconds.append(message.judge_seconds)
+                for told in message.told:
+                    self._tell(told)
+            case Accepted(name, prompt_tokens):
+                assert self.ready is not None
+                stream = self.streams[name]
+                stream.prompt_tokens = prompt_tokens
+                tier = stream.ask.tier or self.ready.tier
+                stream.opened = Opened(stream.ask, tier, self.ready.bundle)
+                self._feed.opened(stream.opened)
+                stream.accepted.set_result(None)
+            case Refused(name, status, text, code, param):
+                stream = self._forget(name)
+                stream.accepted.set_exception(ApiError(status, text, code=code, param=param))
+                stream.accepted.exception()  # also where nobody waits any more
+            case Ready():
+                self.ready, self.free_slots = message, message.slots
+                self.started.set_result(None)
+            case Failed(reason):
+                self.reason = reason
+
+    def _tell(self, told: Left | Event) -> None:
+        stream = self.streams[told.stream]
+        assert stream.opened is not None
+        if isinstance(told, Left):
+            stream.completion_tokens += told.tokens
+            if not told.text:  # a character that is not whole yet
+                return
+            event = Event(
+                type="released",
+                stream=told.stream,
+                bundle=stream.opened.bundle,
+                position=told.position,
+                risk=told.risk,
+                text=told.text,
+            )
+        else:
+            event = told
+        self._feed.event(stream.opened, event)
+        stream.put(event)
+        if event.type in ("finished", "error"):
+            self._forget(told.stream)
+
+    def _forget(self, name: str) -> LocalStream:
+        stream = self.streams.pop(name)
+        if not self.streams:
+            self.idle.set()
+        return stream
+
+    def _ended(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        if not self.started.done():
+            self.started.set_exception(WorkerError(f"the model cannot be served: {self.reason}"))
+            self.started.exception()
+        for name, stream in list(self.streams.items()):
+            if stream.opened is None:
+                self._forget(name)
+                stream.accepted.set_exception(unavailable("the model's process ended", 1.0))
+                stream.accepted.exception()
+            else:
+                told = "the model's process ended while it wrote this response; try again"
+                self._tell(
+                    Event(type="error", stream=name, bundle=stream.opened.bundle, message=told)
+                )
+        self._lost(self)
+
+
+def unavailable(reason: str, retry_after: float | None) -> ApiError:
+    """What requests are answered while no worker takes them."""
+    return ApiError(503, f"{reason}; try again later", code="unavailable", retry_after=retry_after)

@@ -1,0 +1,103 @@
+"""A response that is sent while it is written, as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import ExitStack
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from midstream.serve.relay import ClientGoneError, End, Piece, Relay, SlowReaderError
+from midstream.serve.responses import Writer, refusal
+from midstream.serve.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+ABORT = "midstream.abort"
+"""Key of the ASGI scope under which our HTTP protocol offers to drop the connection."""
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStream(Response):
+    """Sends what a relay carries; where it breaks off before its first token, the status says so.
+
+    Parameters
+    ----------
+    relay : Relay
+    writer : Writer
+    settings : Settings
+    held : ExitStack
+        Closed when the response is over.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, relay: Relay, writer: Writer, settings: Settings, held: ExitStack) -> None:
+        super().__init__()
+        self._relay = relay
+        self._writer = writer
+        self._patience = settings.slow_reader_seconds
+        self._held = held
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        stream = self._relay.stream
+
+        async def deliver(piece: Piece) -> None:
+            chunk = self._writer.piece(piece)
+            if not self._begun:
+                chunk = await self._begin(send) + chunk
+            await self._send(send, chunk)
+
+        with self._held:
+            watch = asyncio.ensure_future(leave_with_client(self._relay, receive))
+            try:
+                end = await self._relay.run(deliver)
+                if end.error is not None and not self._begun:
+                    await _refuse(end, scope, receive, send)
+                    return
+                opening = b"" if self._begun else await self._begin(send)
+                ending = opening + self._writer.ending(end, stream.prompt_tokens)
+                await self._send(send, ending, more=False)
+            except SlowReaderError:
+                _log.warning("stream %s: its client did not read; cut", stream.ask.stream)
+                if abort := scope.get(ABORT):
+                    abort()
+            except ClientGoneError:
+                pass
+            finally:
+                watch.cancel()
+
+    async def _begin(self, send: Send) -> bytes:
+        self._begun = True
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        return self._writer.opening()
+
+    async def _send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._patience):
+                await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        except TimeoutError:
+            raise SlowReaderError from None
+        except OSError:
+            raise ClientGoneError from None
+
+
+async def leave_with_client(relay: Relay, receive: Receive) -> None:
+    """Break a response off when its client goes."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    relay.leave()
+
+
+async def _refuse(end: End, scope: Scope, receive: Receive, send: Send) -> None:
+    assert end.error is not None
+    await refusal(end.error)(scope, receive, send)
