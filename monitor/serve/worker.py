@@ -168,6 +168,7 @@ class Serving(BatchingAttachment):
                     ids,
                     max_new_tokens=asked.max_tokens,
                     tier=asked.tier,
+                    prior=asked.prior,
                     request_id=asked.stream,
                     reader=reader,
                 )
