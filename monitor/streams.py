@@ -224,7 +224,8 @@ class Session(Generic[T]):
         self.phase = Phase.PROMPT
         depth = policy.hold_back if hold_back is None else hold_back
         self.hold_back: HoldBack[T] = HoldBack(depth, passes_unscored=policy.on_unscored == "pass")
-        self._delivers_whole = depth == "turn"
+        self.delivers_whole = depth == "turn"
+        """Whether nothing leaves before the end."""
         self._bundle = bundle
 
     def event(self, type: str, **fields: object) -> Event:
@@ -275,7 +276,7 @@ class Session(Generic[T]):
         """End the stream; return the tokens that leave with its end."""
         tokens = self.hold_back.finish()
         if self.phase != Phase.HALTED:
-            whole = self._delivers_whole and bool(tokens)
+            whole = self.delivers_whole and bool(tokens)
             self._enter(Phase.RELEASED if whole else Phase.FINISHED)
         return tokens
 

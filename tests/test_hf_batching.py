@@ -940,6 +940,7 @@ def test_what_would_pass_the_hooks_by_is_refused(options: dict[str, Any], messag
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"stop_strings": ["w7"]}, "stop_strings: continuous batching ignores it"),
         ({"eos_token_id": -1}, "no eos_token_id"),
+        ({"max_length": 20, "max_new_tokens": None}, "max_length: .* give max_new_tokens"),
         ({"eos_token_id": [EOS, -1]}, r"eos_token_id has \[-1\]: expected 0 to 23"),
         ({"eos_token_id": 24}, r"eos_token_id has \[24\]"),
         ({"max_time": 1.0, "guidance_scale": 2.0}, r"guidance_scale .*; max_time"),

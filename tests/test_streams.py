@@ -235,6 +235,7 @@ def test_the_schema_is_stable():
         "cause": None,
         "text": None,
         "message": None,
+        "scores": None,
         "delivered": None,
         "delivered_unscored": None,
         "report": {

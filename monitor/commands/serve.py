@@ -82,7 +82,6 @@ def read_settings(path: Path | None) -> Settings:
 
 
 def log_to_stderr() -> None:
-    """Log to standard error, a line each."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    """Log to standard error, a line each; of other libraries only what is wrong."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("midstream").setLevel(logging.INFO)

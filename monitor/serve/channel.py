@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 _LENGTH = struct.Struct("!Q")
 _READ = 1 << 18
@@ -96,8 +96,9 @@ class ChannelProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Of asyncio."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(
+            asyncio.WriteTransport, transport
+        )  # uvloop's does not derive from it
 
     def data_received(self, data: bytes) -> None:
         """Of asyncio."""

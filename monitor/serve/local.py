@@ -71,6 +71,8 @@ class LocalEngine:
         What runs in the worker.
     """
 
+    _serve: type[Serving] = Serving
+
     def __init__(
         self,
         feed: Feed,
@@ -249,7 +251,7 @@ class LocalEngine:
     async def _install(self, bundle: Bundle) -> None:
         """Start a worker with the bundle and send new requests there; the lock is held."""
         plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
-        serving = Serving(plan, self._main, self.feed, self._lost)
+        serving = self._serve(plan, self._main, self.feed, self._lost)
         await serving.start()
         self._bundle = bundle
         self._serving = serving

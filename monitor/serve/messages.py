@@ -113,7 +113,7 @@ class Left(NamedTuple):
     stream: str
     tokens: int
     position: int | None
-    risk: float
+    risk: float | None
     text: str
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
@@ -121,7 +122,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ListenError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+        raise ListenError(
+            f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}"
+        ) from error
 
 
 def run(

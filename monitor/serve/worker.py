@@ -13,9 +13,10 @@ import signal
 import threading
 import time
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -47,6 +48,7 @@ from midstream.serve.sampling import Sampling, shape
 from midstream.streams import Event
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
@@ -56,6 +58,16 @@ FAILED = "the model failed while it wrote this response; try again"
 
 def main(channel: Channel, plan: Plan) -> None:
     """Serve until the other end of the channel is gone."""
+    run(channel, plan, build, answer)
+
+
+def run(
+    channel: Channel,
+    plan: Plan,
+    build: Callable[[Channel, Plan], AbstractContextManager[T]],
+    answer: Callable[[Channel, T], None],
+) -> None:
+    """Build what answers, and let it; send ``Failed`` where it cannot be built."""
     # A Ctrl-C reaches every process of the terminal: the server says when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -70,8 +82,8 @@ def main(channel: Channel, plan: Plan) -> None:
         answer(channel, serving)
 
 
-def build(channel: Channel, plan: Plan) -> Serving:
-    """Load the model, and put the monitor on it."""
+def loaded(plan: Plan) -> tuple[Bundle, Any, Any]:
+    """Bundle, model and tokenizer; torch with as many threads as it is to have."""
     if plan.device == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(plan.threads or max(1, min(torch.get_num_threads(), cores - 1)))
@@ -83,13 +95,23 @@ def build(channel: Channel, plan: Plan) -> Serving:
     else:
         model, tokenizer = load(plan.model)
     model.to(plan.device)
+    return bundle, model, tokenizer
+
+
+def cache_tokens(plan: Plan, model: Any) -> int:
+    """Tokens that the cache has room for."""
+    if plan.cache_tokens is not None:
+        return plan.cache_tokens
+    return min(plan.slots * (window(model) or _ROOMY), _ROOMY)
+
+
+def build(channel: Channel, plan: Plan) -> Serving:
+    """Load the model, and put the monitor on it."""
+    bundle, model, tokenizer = loaded(plan)
     monitor = Monitor(bundle, slots=plan.slots, rows=plan.batch_tokens, device=plan.device)
-    cache = plan.cache_tokens
-    if cache is None:
-        cache = min(plan.slots * (window(model) or _ROOMY), _ROOMY)
     batching = ContinuousBatchingConfig(
         page_size=_PAGE,
-        num_blocks=-(-cache // _PAGE),
+        num_blocks=-(-cache_tokens(plan, model) // _PAGE),
         max_batch_tokens=plan.batch_tokens,
         allow_block_sharing=not any(probe.reads == "prompt" for probe in bundle.bank.probes),
     )

@@ -185,6 +185,8 @@ def generation_config(model: Any, given: GenerationConfig | None) -> GenerationC
     for option in ("stop_strings", "max_time"):
         if getattr(config, option, None) is not None:
             faults.append(f"{option}: continuous batching ignores it, leave it out")
+    if given is not None and given.max_length is not None and config.max_new_tokens is None:
+        faults.append("max_length: continuous batching ignores it, give max_new_tokens")
     vocabulary = model.config.get_text_config().vocab_size
     if config.eos_token_id in (None, -1, []):
         faults.append("no eos_token_id, which halted rows are given: set one")

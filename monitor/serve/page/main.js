@@ -178,4 +178,8 @@ async function start() {
 }
 
 start();
-setInterval(() => detail.stream && !detail.stream.ended && detail.head(), 500);
+// Time goes on without messages, too: how long a stream has been, and the next order by risk.
+setInterval(() => {
+  if (detail.stream && !detail.stream.ended) detail.head();
+  if (store.counts) draw();
+}, 1000);
