@@ -237,7 +237,7 @@ class Session(Generic[T]):
         self.hold_back.push(position, token)
 
     def judge(
-        self, position: int, verdict: Verdict, risk: float, cause: str | None = None
+        self, position: int, verdict: Verdict, risk: float | None, cause: str | None = None
     ) -> tuple[list[T], list[Event]]:
         """Take the verdict after ``position`` was fed.
 
