@@ -56,6 +56,7 @@ class Submit(NamedTuple):
     max_tokens: int
     tier: str | None
     sampling: Mapping[str, float]
+    prior: tuple[float, ...] | None
 
 
 class Cancel(NamedTuple):

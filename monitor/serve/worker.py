@@ -193,6 +193,7 @@ class Batching(BatchingAttachment):
                     ids,
                     max_new_tokens=asked.max_tokens,
                     tier=asked.tier,
+                    prior=asked.prior,
                     request_id=asked.stream,
                     reader=reader,
                 )
