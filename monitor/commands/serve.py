@@ -47,6 +47,7 @@ def serve(
     from midstream.serve.feed import Feed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
+    from midstream.serve.metrics import Metrics, metrics_router
     from midstream.serve.run import run
 
     if model is not None and bundle is None:
@@ -64,7 +65,10 @@ def serve(
         slots=slots,
         max_waiting=max_waiting,
     )
-    app = create_app(engine, feed, limits, keys=keys)
+    metrics = Metrics(engine.models[0])
+    metrics.watch(feed)
+    feed.add(metrics)
+    app = create_app(engine, feed, limits, [metrics_router(metrics)], keys=keys)
     run(app, host=host, port=port, drain=drain, start=engine.start)
 
 

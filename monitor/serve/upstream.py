@@ -174,9 +174,7 @@ class Upstream:
 class Answer:
     """An answer that has begun. `Upstream.ask` gives it."""
 
-    def __init__(
-        self, response: httpx.Response, chat: bool, between: float, max_text: int
-    ) -> None:
+    def __init__(self, response: httpx.Response, chat: bool, between: float, max_text: int) -> None:
         self._response = response
         self._key = "delta" if chat else None
         self._chat = chat
@@ -268,7 +266,9 @@ class Answer:
         if choice is None:
             raise UpstreamError("the upstream's answer has no choice")
         delta = self._delta(choice, choice.get("message") if self._chat else choice)
-        return Delta(delta.text + self._whole_characters("", last=True), delta.finish_reason or "stop")
+        return Delta(
+            delta.text + self._whole_characters("", last=True), delta.finish_reason or "stop"
+        )
 
     def _delta(self, choice: Mapping[str, Any], part: Any) -> Delta:
         if not isinstance(part, dict):
