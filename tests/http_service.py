@@ -86,6 +86,9 @@ class Service:
                 thread.join(PATIENCE)
             assert not thread.is_alive()
 
+    def wait_for_streams(self, count):
+        wait_for(lambda: len(self.engine.streams) >= count)
+
     def settled(self):
         """Wait until nothing is being answered any more."""
         wait_for(lambda: self.front.admission.count == 0)
@@ -95,6 +98,10 @@ class Address:
     def __init__(self, host, port):
         self.host, self.port = host, port
         self.url = f"http://{host}:{port}"
+
+    def pause(self, seconds):
+        """What a slow client does."""
+        threading.Event().wait(seconds)
 
     def connect(self, receive_buffer=None):
         sock = socket.socket()

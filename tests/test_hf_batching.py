@@ -1018,6 +1018,15 @@ def test_attention_implementations(implementation: str) -> None:
     assert lm.config._attn_implementation == implementation
 
 
+def test_verdicts_that_only_the_device_can_see_halt_alike() -> None:
+    """On a GPU the host does not look at them before it samples."""
+    asked = prompts(*LENGTHS)
+    with attach(monitor()) as m:
+        m._streams._on_host = False
+        seen = [check(r, ids) for r, ids in zip(m.generate_batch(asked), asked, strict=True)]
+    assert 0 < sum(seen) < len(seen)
+
+
 def test_a_manager_that_cannot_be_made_leaves_no_trace() -> None:
     lm, watching = toy.new_model(), monitor()
     lm.set_attn_implementation("eager")

@@ -97,7 +97,7 @@ class Feed(Observer):
         """Calls that an observer did not take."""
 
     def add(self, observer: Observer) -> None:
-        """Let another one look on from now."""
+        """Let one more look on, from now."""
         self._observers.append(observer)
 
     def opened(self, stream: Opened) -> None:

@@ -144,10 +144,10 @@ class Reading(ForcedStreams):
         if told or self.rows:
             self._channel.send(Step(time.monotonic(), self.rows, seconds, free, told))
         for name, known in self._read.items():
-            stream = self.find(name)
-            if stream is not None and stream.read - known >= READ_EVERY:
-                self._read[name] = stream.read
-                self._channel.send(Read(name, stream.read))
+            open_one = self.find(name)
+            if open_one is not None and open_one.read - known >= READ_EVERY:
+                self._read[name] = open_one.read
+                self._channel.send(Read(name, open_one.read))
 
     def _feed(self, stream: ForcedStream, text: str) -> None:
         try:

@@ -34,11 +34,11 @@ class LocalStream:
 
     def __init__(self, ask: Ask, serving: Serving) -> None:
         self.ask = ask
+        self.serving = serving
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.opened: Opened | None = None
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._serving = serving
         self._events: deque[Event] = deque()
         self._reader: asyncio.Future[None] | None = None
 
@@ -55,7 +55,11 @@ class LocalStream:
 
     def cancel(self) -> None:
         """Free its slot before the next step."""
-        self._serving.worker.send(Cancel(self.ask.stream))
+        self.send(Cancel(self.ask.stream))
+
+    def send(self, message: Any) -> None:
+        """Send a message about it to its worker."""
+        self.serving.worker.send(message)
 
     def put(self, event: Event) -> None:
         """Let the reader have an event."""
@@ -114,7 +118,15 @@ class Serving:
         stream = self.streams[ask.stream] = LocalStream(ask, self)
         self.idle.clear()
         self.worker.send(
-            Submit(ask.stream, ask.messages, ask.prompt, ask.max_tokens, ask.tier, ask.sampling)
+            Submit(
+                ask.stream,
+                ask.messages,
+                ask.prompt,
+                ask.max_tokens,
+                ask.tier,
+                ask.sampling,
+                ask.prior,
+            )
         )
         try:
             await asyncio.shield(stream.accepted)

@@ -263,7 +263,8 @@ class ForcedStreams:
         Streams with few tokens waiting go together; those with more, as new ones have, in passes
         of their own, in turn with the others: no long prompt keeps them waiting for long.
         """
-        few, many = [], []
+        few: list[ForcedStream] = []
+        many: list[ForcedStream] = []
         for stream in list(self._streams.values()):
             if stream.waits and (not stream.pending or stream.fed >= self.window):
                 self._settle(stream)
