@@ -1,6 +1,6 @@
 """A worker that reads along with the toy model, and has words that it cannot bear.
 
-It halts at ``bad``, fails at ``w13``, and takes its time over ``w14``.
+It halts at ``bad``, fails at ``w18``, and takes its time over ``w19``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ WINDOW = 4096
 class _Touchy(Reading):
     def _forward(self, batch: Any, taken: Any) -> None:
         words = {piece.text.strip() for pieces in taken for piece in pieces}
-        if "w13" in words:
+        if "w18" in words:
             raise RuntimeError("of the model's insides")
-        if "w14" in words:
+        if "w19" in words:
             time.sleep(0.2)
         super()._forward(batch, taken)
 

@@ -267,7 +267,7 @@ FAULTS: dict[str, tuple[Any, str, bool]] = {
     "giant line": (then(b"data: " + b"x" * (1 << 21) + b"\n\n"), "more than 1048576 bytes", True),
     "giant event": (then(b"data: x\n" * (1 << 18) + b"\n"), "more than 1048576 bytes", True),
     "error object": (then(event({"error": {"message": "secret"}})), "failed while it wrote", True),
-    "error event": (then(b'event: error\ndata: {"choices": []}\n\n'), "failed while it wrote", True),
+    "error event": (then(b"event: error\ndata: {}\n\n"), "failed while it wrote", True),
     "error of vLLM": (then(event({"object": "error", "message": "x"})), "failed while", True),
     "no choices": (then(event({"usage": 1})), "no list of choices", True),
     "two choices": (then(TWICE), "more choices", True),
@@ -495,18 +495,15 @@ def test_many_at_once(front: Proxy) -> None:
         words = connection.body["messages"][0]["content"].split()
         await connection.say(*(f"{word} " for word in words))
 
+    slots = asyncio.Semaphore(SLOTS)
+
     async def one(index: int) -> None:
-        words = [f"w{5 + (index * k) % 17}" for k in range(1, 30)]
+        words = [f"w{5 + (index * k) % 13}" for k in range(1, 30)]
         if index % 3 == 0:
             words[10 + index % 5] = "bad"
-        while True:
-            try:
-                stream = await front.engine.submit(front.ask(" ".join(words)))
-                break
-            except ApiError as error:
-                assert error.status == 429
-                await asyncio.sleep(0.02)
-        left = text_of(await events_of(stream))
+        async with slots:
+            stream = await front.engine.submit(front.ask(" ".join(words)))
+            left = text_of(await events_of(stream))
         text = " ".join(words) + " "
         assert left == (text[: text.index(" bad")] if "bad" in words else text)
 
@@ -521,7 +518,7 @@ def test_a_slow_model_stops_the_upstream(front: Proxy) -> None:
     async def flood(connection: Connection) -> None:
         await connection.begin()
         for _ in range(100_000):
-            await connection.send(chunk("w14 " * 20) * 50)
+            await connection.send(chunk("w19 " * 20) * 50)
 
     async def watch() -> None:
         front.upstream.play = flood
@@ -537,7 +534,7 @@ def test_a_slow_model_stops_the_upstream(front: Proxy) -> None:
         stream.cancel()
         events = await events_of(stream)
         assert events[-1].message == "cancelled"
-        assert set(text_of(events)) <= set("w14 ")
+        assert set(text_of(events)) <= set("w19 ")
 
     front.run(watch())
 
@@ -554,7 +551,7 @@ def test_a_model_that_fails_ends_the_stream_and_the_connection(front: Proxy) -> 
         await connection.begin()
         await connection.send(chunk("w7 w8 "))
         await asyncio.sleep(0.3)
-        await connection.send(chunk("w13 w9 "))
+        await connection.send(chunk("w18 w9 "))
         await asyncio.wait_for(connection.gone.wait(), 10)
 
     events = front.run(front.answer(play))
