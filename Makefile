@@ -58,7 +58,7 @@ bench: setup  ## every op over the grid: CSV and a page of plots in results/, so
 bench-quick: setup  ## the ratios that matter as one JSON object, under five minutes
 	@$(BIN)/python bench/quick.py
 
-figures: setup  ## recompute docs/figures.json and the README's tables
+figures: setup build/.installed-vllm  ## recompute docs/figures.json and the README's tables
 	$(BIN)/python bench/figures.py
 
 library: $(LIBRARY)  ## libmidstream.so, the C interface (csrc/include/midstream/midstream.h)

@@ -163,6 +163,17 @@ BENCHES: dict[str, tuple[str, dict[str, tuple[str, str | None]]]] = {
         "python bench/hf_batching.py",
         {"hf_batching_tpot_ratio": ("ratio", "≤ 1.01")},
     ),
+    "vllm": (
+        ".venv-vllm/bin/python bench/vllm_overhead.py",
+        {
+            "vllm_tpot_ratio_1": ("ratio", "≤ 1.01"),
+            "vllm_tpot_ratio_16": ("ratio", "≤ 1.01"),
+            "vllm_ttft_ratio": ("ratio", "≤ 1.02"),
+            "vllm_ttft_ratio_less_one_step": ("ratio", None),
+            "naive_tpot_ratio_1": ("ratio", None),
+            "naive_tpot_ratio_16": ("ratio", None),
+        },
+    ),
     "ledger": (
         "python bench/ledger.py",
         {"ledger_updates_per_second": ("turns per second", "≥ 2000")},

@@ -41,7 +41,7 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(partial)
+        sync_folder(partial)
         try:
             os.rename(partial, target)
         except OSError:
@@ -50,7 +50,7 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
 def replace_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -81,7 +81,7 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _refuse_existing(target: Path) -> None:
@@ -89,7 +89,8 @@ def _refuse_existing(target: Path) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the disk take the names in a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,10 +34,13 @@ class HoldBack(Generic[T]):
         self._waiting: deque[tuple[int, T]] = deque()
         self._newest = -1  # position, pushed or judged
         self._judged = -1
+        self._scored: set[int] = set()  # of those that wait
         self._verdict = Verdict.CONTINUE
         self._ended = False  # halted or finished
         self.released = 0
         """Tokens that have left."""
+        self.released_unscored = 0
+        """Of these, those without a score: the policy let them pass."""
         self.withheld = 0
         """Tokens that will never leave."""
 
@@ -58,8 +61,15 @@ class HoldBack(Generic[T]):
         else:
             self._waiting.append((position, token))
 
-    def judge(self, position: int, verdict: Verdict) -> list[T]:
+    def judge(self, position: int, verdict: Verdict, *, scored: bool = True) -> list[T]:
         """Take the verdict after ``position`` was fed; return the tokens that leave now.
+
+        Parameters
+        ----------
+        position : int
+        verdict : Verdict
+        scored : bool
+            False where the verdict is only what the policy says of a token without a score.
 
         Raises
         ------
@@ -73,6 +83,8 @@ class HoldBack(Generic[T]):
         if self._ended:
             return []
         self._verdict = verdict
+        if scored:
+            self._scored.add(position)
         if verdict == Verdict.HALT:
             return self._end()
         if verdict == Verdict.HOLD or self._depth == "turn":
@@ -102,7 +114,10 @@ class HoldBack(Generic[T]):
     def _release(self, last: int) -> list[T]:
         leaving = []
         while self._waiting and self._waiting[0][0] <= last:
-            leaving.append(self._waiting.popleft()[1])
+            position, token = self._waiting.popleft()
+            leaving.append(token)
+            self.released_unscored += position not in self._scored
+            self._scored.discard(position)
         self.released += len(leaving)
         return leaving
 

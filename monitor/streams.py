@@ -16,7 +16,7 @@ from midstream.holdback import HoldBack
 from midstream.kernels.tables import SlotTable, Verdict
 from midstream.policy import ANSWER, Policy, TierName
 
-EVENT_SCHEMA_VERSION = 2
+EVENT_SCHEMA_VERSION = 3
 
 T = TypeVar("T")
 
@@ -177,7 +177,9 @@ class Event(BaseModel):
     ``position`` counts tokens from the start of the prompt. ``text`` is there on ``released``
     events of engines that decode, ``report`` on ``finished`` ones. ``cause`` names the probe with
     the largest hazard, or ``unscored``. ``scores``, on ``scored`` events of streams that somebody
-    looks at closely, are the token's logits by probe; None where one was not finite.
+    looks at closely, are the token's logits by probe; None where one was not finite. ``delivered``
+    is there on ``finished`` and ``error`` events of engines that count what leaves: tokens of the
+    response, and how many of them had no score.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -193,6 +195,8 @@ class Event(BaseModel):
     text: str | None = None
     message: str | None = None
     scores: dict[str, float | None] | None = None
+    delivered: int | None = None
+    delivered_unscored: int | None = None
     report: StreamReport | None = None
 
 
@@ -237,9 +241,15 @@ class Session(Generic[T]):
         self.hold_back.push(position, token)
 
     def judge(
-        self, position: int, verdict: Verdict, risk: float | None, cause: str | None = None
+        self,
+        position: int,
+        verdict: Verdict,
+        risk: float | None,
+        cause: str | None = None,
+        *,
+        scored: bool = True,
     ) -> tuple[list[T], list[Event]]:
-        """Take the verdict after ``position`` was fed.
+        """Take the verdict after ``position`` was fed; ``scored`` says whether it had a score.
 
         Returns
         -------
@@ -249,7 +259,8 @@ class Session(Generic[T]):
             ``halted`` when this verdict halts the stream, ``verdict`` when it holds it or lets it
             go on.
         """
-        tokens = self.hold_back.judge(position, verdict)  # none once the stream has ended
+        # No tokens once the stream has ended.
+        tokens = self.hold_back.judge(position, verdict, scored=scored)
         before, after = self.phase, _PHASE_OF[verdict]
         if before == Phase.HALTED or before == after:
             return tokens, []

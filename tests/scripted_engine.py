@@ -105,13 +105,16 @@ class ScriptedStream:
             self.completion_tokens += 1
             self._tell("released", position=position, risk=risk, text=piece)
         if engine.error is not None:
-            self._tell("error", message=engine.error)
+            self._tell("error", message=engine.error, **self._delivered())
             return
         done = report(
             self.ask, risks=engine.risks[:played], halted_at=halted_at, reason=reason
         )  # fmt: skip
         facts = {"risk": done.risk, "verdict": done.verdict, "cause": done.cause}
-        self._tell("finished", message=reason, report=done, **facts)
+        self._tell("finished", message=reason, report=done, **facts, **self._delivered())
+
+    def _delivered(self):
+        return {"delivered": self.completion_tokens, "delivered_unscored": 0}
 
     async def __aiter__(self):
         while True:

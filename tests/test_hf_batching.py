@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 import threading
 import time
@@ -14,15 +16,18 @@ import pytest
 import torch
 import toy
 import transformers
+from tokenizers import Tokenizer, decoders, models
 from toy import BOS, EOS
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState
 
 from midstream import testbed
 from midstream.bank import Probe
 from midstream.bundle import WrongModelError
-from midstream.engines.hf import BatchingAttachment, GenerationFailedError, Response
+from midstream.engines.hf import BatchingAttachment, GenerationFailedError, Request, Response
 from midstream.engines.hf import manager as seams
 from midstream.engines.hf.checks import UnsupportedGenerationError
 from midstream.monitor import Monitor, MonitorInUseError, NoFreeSlotError
@@ -114,7 +119,9 @@ class Counts:
     """How often the engine did what a test needs to have happened."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.prefix_hits = self.preemptions = 0
+        self.prefix_hits = 0
+        self.preempted: list[str] = []
+        self.has_preempted = threading.Event()
         search, reset = (
             PagedAttentionCache.search_prefix_match,
             RequestState.create_equivalent_initial_request,
@@ -125,9 +132,10 @@ class Counts:
             self.prefix_hits += found > 0
             return found
 
-        def resetting(*args: Any) -> RequestState:
-            self.preemptions += 1
-            return reset(*args)
+        def resetting(state: RequestState) -> RequestState:
+            self.preempted.append(state.request_id)
+            self.has_preempted.set()
+            return reset(state)
 
         patch.setattr(PagedAttentionCache, "search_prefix_match", searching)
         patch.setattr(RequestState, "create_equivalent_initial_request", resetting)
@@ -169,9 +177,23 @@ def test_a_cache_that_is_too_small_for_all_preempts_and_recomputes(counts: Count
     small = batching(num_blocks=12, safety_margin=0.0, allow_block_sharing=False)
     with attach(watching, batching=small) as m:
         responses = m.generate_batch(asked, max_new_tokens=20)
-    assert counts.preemptions > 0
+    assert counts.preempted
     seen = [check(response, ids, 20) for response, ids in zip(responses, asked, strict=True)]
     assert 0 < sum(seen) < len(seen)
+
+
+def test_what_was_preempted_goes_on_when_all_that_run_are_cancelled(counts: Counts) -> None:
+    """For the manager takes in nothing new between a preemption and the end of some request."""
+    small = batching(num_blocks=12, safety_margin=0.0, allow_block_sharing=False)
+    with attach(monitor(), batching=small) as m:
+        requests = [m.submit(NEVER, max_new_tokens=35) for _ in range(3)]
+        assert counts.has_preempted.wait(20)
+        for request in requests:
+            if request.key not in counts.preempted:
+                request.cancel()
+        for request in requests:
+            response = request.result(20)
+            assert response.finish_reason == "cancelled" or check(response, NEVER, 35) is False
 
 
 def test_a_prompt_that_was_seen_before_is_not_fed_again(counts: Counts) -> None:
@@ -306,6 +328,35 @@ def test_unwatched_requests_are_the_same_before_and_after_and_beside_a_halt() ->
     assert not any(module._forward_hooks for module in lm.modules())
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_keep_their_bits_beside_the_monitor(
+    monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    lm, asked, steps = toy.new_model(), prompts(*LENGTHS), []
+    lm.set_attn_implementation(implementation)
+    sample = ModelRunner._sample
+    monkeypatch.setattr(
+        ModelRunner, "_sample", lambda self, s, out: steps.append(s.clone()) or sample(self, s, out)
+    )
+    options = batching(max_batch_tokens=256, num_blocks=256, allow_block_sharing=False)
+    config = greedy(eos_token_id=EOS)
+    lm.generate_batch(asked, generation_config=config, continuous_batching_config=options)
+    bare = steps.copy()
+    steps.clear()
+    with attach(monitor(slots=16), lm, enforce=False, batching=options) as m:
+        with m._lock:  # so that the first step has all of them
+            m._slots = 0
+        requests = [m.submit(ids) for ids in asked]
+        with m._lock:
+            m._slots = 16
+            m._hand_over()
+        for request in requests:
+            request.result(20)
+    assert len(bare) == 12
+    for one, other in zip(bare, steps[:12], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_sampled_requests_are_the_same_under_a_seed() -> None:
     lm, asked = toy.new_model(), prompts(5, 3, 6, 2)
     options = batching(seed=11, max_batch_tokens=64, allow_block_sharing=False)
@@ -420,6 +471,37 @@ def test_a_token_leaves_with_its_own_judgement_and_not_before() -> None:
     assert [event.position for event in shown] == list(range(len(ids), len(ids) + len(shown)))
 
 
+def test_a_reader_may_stop_and_read_on() -> None:
+    tok = toy.tokenizer()
+    with attach(monitor(), tok=tok) as m:
+        request = m.submit(NEVER)
+        events = [next(event for event in request if event.type == "released")]
+        events += list(request)
+    assert text_of(events) == tok.decode(request.result(0).tokens)
+
+
+def test_characters_cut_over_tokens_come_whole_and_none_is_lost() -> None:
+    """Most words of this tokenizer are single bytes of characters of two to four."""
+    letters = [bytes_to_unicode()[byte] for byte in "éß€😀".encode()]
+    words = [*toy.WORDS[:3], *dict.fromkeys(letters), *"abcdefghijklmnopq"][: len(toy.WORDS)]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, words[0]))
+    backend.decoder = decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    config = greedy(do_sample=True, top_k=0, temperature=3.0)
+    cut = whole = 0
+    with attach(monitor(), tok=tok, enforce=False, generation_config=config) as m:
+        for request in [m.submit(ids) for ids in prompts(*[2] * 60)]:
+            events = list(request)
+            want = tok.decode(request.result().tokens, skip_special_tokens=True)
+            assert text_of(events) == want
+            cut += "\ufffd" in want
+            whole += bool(set(want) & set("éß€😀"))
+    assert cut
+    assert whole
+
+
 def test_held_text_waits_and_what_ends_on_hold_stays() -> None:
     tiers = {"moderate": Thresholds(horizon=0, halt_at=0.95, hold_at=0.5, release_at=0.3)}
     watching, tok = monitor(tiers=tiers), toy.tokenizer()
@@ -461,6 +543,28 @@ def test_a_token_that_was_sampled_and_never_fed_is_unscored(
     assert report is not None
     assert (response.finish_reason, report.unscored) == ("cancelled", 1)
     assert response.tokens == want[: report.scored + leaves]
+
+
+@pytest.mark.parametrize("hold_back", [1, 3, "turn"])
+def test_tokens_that_leave_without_a_score_are_counted(
+    hold_back: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching, tok = monitor(on_unscored="pass", hold_back=hold_back), toy.tokenizer()
+    observe, seen = Monitor.observe, itertools.count()
+
+    def blinded(self: Monitor, tap: Tap, hidden: torch.Tensor) -> None:
+        observe(self, tap, hidden if next(seen) % 3 else torch.full_like(hidden, torch.nan))
+
+    monkeypatch.setattr(Monitor, "observe", blinded)
+    with attach(watching, tok=tok) as m:
+        request = m.submit(NEVER, max_new_tokens=10)
+        end = list(request)[-1]
+    report = request.result().report
+    assert report is not None
+    assert (end.type, end.delivered) == ("finished", len(request.result().tokens) or None)
+    trace = report.trace
+    missing = [p for p, risk in zip(trace.position, trace.risk, strict=True) if risk is None]
+    assert end.delivered_unscored == sum(p >= report.prompt_tokens for p in missing) > 0
 
 
 # -- requests from many threads -------------------------------------------------------------------
@@ -534,8 +638,12 @@ def test_leaving_the_attachment_ends_what_runs_and_what_waits() -> None:
         m.submit([5])
 
 
-def test_an_error_of_the_model_reaches_every_request() -> None:
+def test_an_error_of_the_model_reaches_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, watching = toy.new_model(), monitor(slots=2)
+    add, taken = seams.WatchedManager.add_request, []
+    monkeypatch.setattr(
+        seams.WatchedManager, "add_request", lambda *a, **k: taken.append(add(*a, **k))
+    )
     calls = iter(range(100))
 
     def fail_at_the_fourth(*_: Any) -> None:
@@ -555,9 +663,133 @@ def test_an_error_of_the_model_reaches_every_request() -> None:
         assert types(seen)[-1] == "error"
         with pytest.raises(UnsupportedGenerationError, match="out of memory, say"):
             m.submit([5])
+    assert len(taken) == 2  # the manager logs the ids of those that it takes no more
     assert watching.free_slots == 2
     with attach(watching, lm) as m:
         assert len(m.generate_batch([[5], [6]])) == 2
+
+
+def failing_sample(patch: pytest.MonkeyPatch) -> None:
+    """Sampling fails in the step in which a request was halted, after it was judged."""
+    sample = ModelRunner._sample
+
+    def fail(self: Any, scores: torch.Tensor, out: torch.Tensor) -> None:
+        if torch.isinf(scores).any():
+            raise RuntimeError("sampling failed, say")
+        sample(self, scores, out)
+
+    patch.setattr(ModelRunner, "_sample", fail)
+
+
+def test_a_token_flagged_in_a_step_that_fails_does_not_pass_as_unscored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failing_sample(monkeypatch)
+    ids = prompts(*LENGTHS)[0]
+    want = written(ids)
+    at = toy.first_bad(want, (FLAGGED,))
+    assert at
+    with attach(monitor(on_unscored="pass")) as m:
+        request = m.submit(ids)
+        with pytest.raises(GenerationFailedError, match="sampling failed, say"):
+            request.result(20)
+    assert request._released == want[:at]
+
+
+def test_readers_hear_of_the_end_also_when_no_slot_can_be_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the device is lost: every look at the slot table fails as the step did."""
+    failing_sample(monkeypatch)
+    watching = monitor(slots=2)
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(watching, "retire", lost)
+    with attach(watching) as m:
+        requests = [m.submit(ids) for ids in (prompts(*LENGTHS)[0], NEVER, [5], [6])]
+        for request in requests:
+            with pytest.raises(GenerationFailedError, match="sampling failed, say"):
+                request.result(20)
+
+
+def test_after_errors_at_any_step_every_request_has_ended_and_all_slots_are_free() -> None:
+    lm, watching = toy.new_model(), monitor(slots=3)
+    outcomes: list[str] = []
+
+    def client(seed: int, m: BatchingAttachment) -> None:
+        rng = random.Random(seed)
+        for turn in range(6):
+            try:
+                request = m.submit(prompts(rng.randint(1, 9), seed=10 * seed + turn)[0])
+                if rng.random() < 0.3:
+                    request.cancel()
+                outcomes.append(request.result(60).finish_reason)
+            except GenerationFailedError:
+                outcomes.append("failed")
+            except UnsupportedGenerationError:
+                outcomes.append("refused")
+
+    for fatal in (1, 2, 5, 9):
+        steps = iter(range(1000))
+
+        def fail(*_: Any, steps: Iterator[int] = steps, fatal: int = fatal) -> None:
+            if next(steps) == fatal:
+                raise RuntimeError("out of memory, say")
+
+        hook = lm.model.layers[1].register_forward_pre_hook(fail)
+        with attach(watching, lm) as m:
+            threads = [threading.Thread(target=client, args=(seed, m)) for seed in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        hook.remove()
+        assert watching.free_slots == 3
+    assert len(outcomes) == 4 * 5 * 6
+    assert {"failed", "refused"} <= set(outcomes)
+
+
+def test_a_name_serves_again_as_soon_as_its_request_has_ended() -> None:
+    """It is asked for between the end of the cancelled one and the step that drops it."""
+    watching = monitor(slots=2)
+    with attach(watching) as m:
+        first = m.submit(NEVER, max_new_tokens=40, request_id="mine")
+        again: list[Any] = []
+        close = first._close
+
+        def ask_again() -> None:
+            close()
+            again.append(m.submit([5, 6], request_id="mine"))
+
+        first._close = ask_again
+        first.cancel()
+        assert first.result(20).finish_reason == "cancelled"
+        check(again[0].result(20), [5, 6])
+        assert m.submit([5], request_id="stream-3").result(20).report.stream == "stream-3"
+        m.submit(NEVER, max_new_tokens=40, request_id="stream-4")
+        assert m.submit([5, 6]).id == "stream-5"  # the fourth, but the name is in use
+
+
+def test_many_short_requests_leave_nothing_behind() -> None:
+    rng, watching = random.Random(0), monitor(slots=8)
+    kept: list[int] = []
+    with attach(watching, batching=batching(max_batch_tokens=64)) as m:
+        for _ in range(3):
+            requests = [m.submit([rng.randint(5, 23)] * 3, max_new_tokens=1) for _ in range(200)]
+            for request in requests[::5]:
+                request.cancel()
+            for request in requests:
+                request.result(60)
+                request.cancel()  # without effect
+            requests.clear()
+            gc.collect()
+            kept.append(sum(type(thing) in (Request, RequestState) for thing in gc.get_objects()))
+        assert [len(m._requests), len(m._names), len(m._waiting), len(m._cancelled)] == [0] * 4
+    assert max(kept) <= 2 * 8 + 2  # those of the last step
+    request.cancel()
+    assert not m._cancelled
 
 
 def test_tiers_and_priors_are_each_requests_own() -> None:
@@ -617,7 +849,8 @@ def test_a_request_may_have_its_own_temperature() -> None:
         cold = m.submit(NEVER, temperature=1e-4).result(20)
         assert cold.tokens == written(NEVER)
         for wrong, message in [
-            ({"temperature": 0.0}, "temperature: expected above 0, got 0.0"),
+            ({"temperature": 0.0}, "temperature: expected 1e-5 to 1e5, got 0.0"),
+            ({"temperature": 1e-39}, "temperature: expected 1e-5 to 1e5"),  # would end the loop
             ({"top_p": 0.5}, "Unknown logit_processor_kwargs"),
             ({"temperature": 1}, "has type int"),
         ]:
@@ -707,6 +940,9 @@ def test_what_would_pass_the_hooks_by_is_refused(options: dict[str, Any], messag
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"stop_strings": ["w7"]}, "stop_strings: continuous batching ignores it"),
         ({"eos_token_id": -1}, "no eos_token_id"),
+        ({"max_length": 20, "max_new_tokens": None}, "max_length: .* give max_new_tokens"),
+        ({"eos_token_id": [EOS, -1]}, r"eos_token_id has \[-1\]: expected 0 to 23"),
+        ({"eos_token_id": 24}, r"eos_token_id has \[24\]"),
         ({"max_time": 1.0, "guidance_scale": 2.0}, r"guidance_scale .*; max_time"),
     ],
 )
@@ -731,6 +967,8 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
         assert 4 <= room < toy.WINDOW
         for prompt, options, message in [
             ([], {}, "prompt is empty"),
+            ([5, 6.0], {}, "neither a text, nor chat messages, nor token ids"),
+            ([5], {"request_id": 7}, "request_id: expected a str, got 7"),
             ([5] * room, {}, f"room for {room}; shorten it"),
             ([24], {}, r"ids \[24\], expected 0 to 23"),
             ([5, -1], {}, r"ids \[-1\]"),
@@ -778,6 +1016,15 @@ def test_attention_implementations(implementation: str) -> None:
         for response, ids in zip(m.generate_batch(asked), asked, strict=True):
             check(response, ids)
     assert lm.config._attn_implementation == implementation
+
+
+def test_verdicts_that_only_the_device_can_see_halt_alike() -> None:
+    """On a GPU the host does not look at them before it samples."""
+    asked = prompts(*LENGTHS)
+    with attach(monitor()) as m:
+        m._streams._on_host = False
+        seen = [check(r, ids) for r, ids in zip(m.generate_batch(asked), asked, strict=True)]
+    assert 0 < sum(seen) < len(seen)
 
 
 def test_a_manager_that_cannot_be_made_leaves_no_trace() -> None:

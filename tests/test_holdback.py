@@ -57,14 +57,14 @@ class Stream:
         if not math.isnan(logit):
             self.scored.add(self.next - 1)
 
-    def judge(self, verdict):
+    def judge(self, verdict, *, scored=True):
         position = self.next - 1
         if self.model.near_a_threshold:
             self.model.verdict = verdict
         assert verdict == self.model.verdict
         assert not self.halted or verdict == X
         self.halted |= verdict == X
-        leaving = self.queue.judge(position, verdict)
+        leaving = self.queue.judge(position, verdict, scored=scored)
         self.judged = position
         if verdict != C or self.depth == "turn":
             expected = []
@@ -88,6 +88,7 @@ class Stream:
         self.leave(leaving, at_end=True)
         assert self.queue.released == len(self.left)
         assert self.queue.released + self.queue.withheld == len(self.pushed)
+        assert self.queue.released_unscored == len(set(self.left) - self.scored)
 
     def leave(self, tokens, *, at_end=False):
         """Invariant 1, without the rule that implements it."""
@@ -144,7 +145,7 @@ class Engine(RuleBasedStateMachine):
             self.kernel.feed(*padding, *rows)
         for slot, _, logit in rows:
             self.streams[slot].feed_model(logit)
-            self.streams[slot].judge(self.kernel.verdict(slot))
+            self.streams[slot].judge(self.kernel.verdict(slot), scored=not math.isnan(logit))
 
     @precondition(lambda self: self.streams)
     @rule(data=st.data())

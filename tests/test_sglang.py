@@ -274,38 +274,6 @@ def test_rows_of_other_streams_keep_their_bits(world: Any) -> None:
         assert torch.equal(w.engine.logits, bare.logits)
 
 
-def test_a_halt_wins_over_logit_bias(world: Any, hf: Hf) -> None:
-    rid = next(rid for rid, report in hf.reports.items() if report.verdict == "HALT")
-    w = world()
-    req = w.ask(rid, ASKED[rid], sampling_params={"logit_bias": {str(toy.EOS): -torch.inf}})
-    w.finish()
-    if len(req.output_ids) == len(hf.sampled[rid]) + 1:
-        assert req.output_ids[-1] == STOP
-    assert w.reports[rid].verdict == "HALT"
-
-
-def test_segments_are_followed(world: Any, tmp_path: Path) -> None:
-    think = {"reasoning": {"opens": [[20]], "closes": [[21]], "tiers": {
-        "moderate": {"horizon": 0, "halt_at": 1.0}}}}  # fmt: skip
-    bundle = make_bundle(segments=think)
-    toy.tokenizer().save_pretrained(tmp_path / "model")
-    model = str(tmp_path / "model")
-    w = world(bundle, chunked_prefill_size=4, enable_mixed_chunk=True, model_path=model)
-    asked = {rid: [*prompt, 20] if i % 2 else prompt for i, (rid, prompt) in
-             enumerate(ASKED.items())}  # fmt: skip
-    reqs = {rid: w.ask(rid, prompt) for rid, prompt in asked.items()}
-    for _ in range(4):
-        w.engine.step()
-        if len(w.engine.running) > 1:
-            w.engine.retract(w.engine.running[0])
-    w.finish()
-    hf = Hf(asked, bundle)
-    check_same(w, asked, reqs, hf)
-    for rid, report in hf.reports.items():
-        assert w.reports[rid].segments.keys() == report.segments.keys()
-    assert any("reasoning" in report.segments for report in hf.reports.values())
-
-
 def test_requests_without_the_processor_write_nothing(world: Any, caplog: Any) -> None:
     w = world()
     bare = w.engine.add("bare", ASKED["r0"], {})
@@ -356,6 +324,22 @@ def test_streams_that_are_dropped_while_they_wait_give_their_slots_back(world: A
     assert w.reports["dropped"].unscored == 1
 
 
+def test_a_request_may_have_the_name_of_one_that_has_just_ended(world: Any, hf: Hf) -> None:
+    w = world()
+    halted = next(rid for rid, report in hf.reports.items() if report.verdict == "HALT")
+    w.ask("again", ASKED[halted])
+    w.engine.run()
+    first = w.monitor.free_slots
+    w.ask("again", ASKED["r0"])
+    w.engine.step()  # retires the first, admits the second
+    assert w.monitor.free_slots == first
+    assert w.reports.pop("again").prompt_tokens == len(ASKED[halted])
+    w.finish()
+    report = w.reports["again"]
+    assert report.prompt_tokens == len(ASKED["r0"])
+    assert report.scored + report.unscored >= 1
+
+
 def test_idle_passes_do_nothing(world: Any) -> None:
     w = world()
     w.engine.idle()
@@ -398,18 +382,6 @@ def test_taps_that_are_not_read_once_are_found_out(
         w.engine.step()
 
 
-def test_rows_that_are_not_summed_over_the_ranks_are_found_out(world: Any) -> None:
-    w = world()
-    w.ask("r0", ASKED["r0"])
-
-    def mark(module: Any, args: Any, output: Any) -> None:
-        output._sglang_needs_allreduce_fusion = True
-
-    w.engine.model.model.layers[0].mlp.register_forward_hook(mark)
-    with pytest.raises(UnsupportedEngineError, match=r"before it is summed over the ranks"):
-        w.engine.step()
-
-
 def test_a_mode_of_speculative_decoding_is_refused(world: Any) -> None:
     world()
     batch = standin.ForwardBatch(
@@ -422,16 +394,18 @@ def test_a_mode_of_speculative_decoding_is_refused(world: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"disable_cuda_graph": False}, "CUDA graphs are captured before"),
+        ({"disable_cuda_graph": False}, "replays without hooks; expected True"),
         ({"enable_custom_logit_processor": False}, "nothing is halted"),
         ({"enable_torch_compile": True}, "compiled code skips hooks"),
-        ({"speculative_algorithm": "EAGLE"}, "feeds tokens that are thrown away"),
+        ({"speculative_algorithm": "EAGLE"}, "feeds tokens that are thrown away; expected None"),
+        ({"tp_size": 2}, "tp_size=2: nobody tried .*; expected 1"),
         ({"pp_size": 2}, "in a pipeline no process"),
-        ({"enable_dp_attention": True}, "DP attention"),
+        ({"enable_dp_attention": True}, "splits rows over ranks"),
         ({"enable_two_batch_overlap": True}, "two interleaved passes"),
         ({"enable_lora": True}, "an adapter changes"),
         ({"disaggregation_mode": "decode"}, "computed elsewhere"),
         ({"max_running_requests": None}, "each stream needs a slot"),
+        ({"pp_size": 2, "enable_lora": True}, "pp_size=2: .*; enable_lora=True: "),
     ],
 )
 def test_server_arguments_that_cannot_be_watched_are_refused(
@@ -478,6 +452,10 @@ def test_a_bundle_for_another_model_is_refused(world: Any, monkeypatch: Any) -> 
             "tell the front end of a halt only",
         ),
         (
+            {"segments": {"reasoning": {"opens": [[20]], "closes": [[21]]}}},
+            "segments are not told apart",
+        ),
+        (
             {"probes": [toy.detector(toy.model(), tap=Tap(0, "resid_mid"))]},
             "resid_mid.0: SGLang adds attention",
         ),
@@ -492,23 +470,22 @@ def test_bundles_that_the_seams_cannot_serve_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    "body",
     [
-        ({"custom_logit_processor": "{}"}, "none comes from a client"),
-        ({"input_embeds": [[0.0]]}, "hides which tokens are fed"),
-        ({"session_params": {"id": "s"}}, "in pieces"),
-        ({"lora_path": "x"}, "changes the residual stream"),
-        ({"sampling_params": {"ignore_eos": True}}, "go on"),
-        ({"sampling_params": {"custom_params": {"a": 1}}}, "name a tier"),
-        ({"sampling_params": {"regex": "a+"}}, "is a grammar"),
-        ({"sampling_params": {"n": 2}}, "several streams in one request"),
-        ({"sampling_params": [{}, {}]}, "several streams in one request"),
-        ({"sampling_params": {"stop_token_ids": [STOP]}}, "reserved for halts"),
-        ({"sampling_params": {"logit_bias": {str(STOP): 1.0}}}, "reserved for halts"),
+        {"custom_logit_processor": "{}"},
+        {"input_embeds": [[0.0]]},
+        {"return_logprob": True},
+        {"sampling_params": {"ignore_eos": True}},
+        {"sampling_params": {"custom_params": {"a": 1}}},
+        {"sampling_params": {"regex": "a+"}},
+        {"sampling_params": {"n": 2}},
+        {"sampling_params": [{}, {}]},
+        {"sampling_params": {"stop_token_ids": [STOP]}},
+        {"sampling_params": {"logit_bias": {str(STOP): 1.0}}},
     ],
 )
-def test_requests_are_refused_with_the_reason(body: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedEngineError, match=message):
+def test_requests_with_more_than_a_prompt_and_sampling_are_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedEngineError, match="a watched request is one stream with"):
         watched(body, make_bundle().policy, stop_id=STOP)
 
 

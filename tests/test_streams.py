@@ -222,10 +222,10 @@ def test_an_event_names_its_stream_and_bundle():
 
 def test_the_schema_is_stable():
     """Change this only together with EVENT_SCHEMA_VERSION."""
-    assert EVENT_SCHEMA_VERSION == 2
+    assert EVENT_SCHEMA_VERSION == 3
     event = session().event("finished", report=REPORT)
     assert json.loads(event.model_dump_json()) == {
-        "schema_version": 2,
+        "schema_version": 3,
         "type": "finished",
         "stream": "s-1",
         "bundle": "sha256:abc",
@@ -235,6 +235,9 @@ def test_the_schema_is_stable():
         "cause": None,
         "text": None,
         "message": None,
+        "scores": None,
+        "delivered": None,
+        "delivered_unscored": None,
         "report": {
             "stream": "s-1",
             "bundle": "sha256:abc",

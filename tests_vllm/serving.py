@@ -99,7 +99,10 @@ class Server:
         return openai.OpenAI(base_url=self._url("/v1"), api_key="none", max_retries=0)
 
     def async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=self._url("/v1"), api_key="none", max_retries=0)
+        # The client's own 5 s to connect are too few on a machine under load.
+        return openai.AsyncOpenAI(
+            base_url=self._url("/v1"), api_key="none", max_retries=0, timeout=300
+        )
 
     def statuses(self) -> list[dict[str, int]]:
         """What the plugin's workers count, one per rank."""

@@ -29,6 +29,7 @@ from midstream.serve.settings import Settings
 from midstream.serve.sse import EventStream, leave_with_client
 
 _log = logging.getLogger(__name__)
+_POLLED = ("/health", "/ready")
 _access = logging.getLogger("midstream.serve.access")
 
 
@@ -257,7 +258,8 @@ class AccessLog:
             await self._app(scope, receive, noted)
         finally:
             state, route = scope.get("state", {}), scope.get("route")
-            _access.info(
+            _access.log(
+                logging.DEBUG if getattr(route, "path", "") in _POLLED else logging.INFO,
                 "client=%s method=%s route=%s status=%d seconds=%.3f stream=%s",
                 state.get("client") or "-",
                 scope["method"],

@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 _LENGTH = struct.Struct("!Q")
 _READ = 1 << 18
@@ -96,8 +96,7 @@ class ChannelProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Of asyncio."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         """Of asyncio."""
@@ -115,6 +114,6 @@ class ChannelProtocol(asyncio.Protocol):
             self._transport.write(_framed(message))
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, also where the other end does not read what waits to be sent."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()

@@ -110,6 +110,7 @@ class LocalEngine:
         self._changing = asyncio.Lock()
         self._unready: str | None = "it was not started"
         self._retry_after: float | None = None
+        self._bundle: Bundle | None = None
         self._closing = False
         self._failures = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -124,6 +125,11 @@ class LocalEngine:
     def unready(self) -> str | None:
         """Why it takes no requests now; None when it does."""
         return self._unready
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """What new streams are judged by; None before it was started."""
+        return self._bundle
 
     async def start(self) -> None:
         """Load the bundle, start the worker and wait until it serves.
@@ -185,7 +191,7 @@ class LocalEngine:
             if stream in serving.streams:
                 serving.worker.send(Look(stream, on))
 
-    async def reload(self, folder: str | Path) -> str:
+    async def reload(self, folder: str | Path | None) -> str:
         """Judge streams from now on by another bundle; return its hash.
 
         A second worker is started with it. Until that serves, and if it cannot, nothing changes;
@@ -287,6 +293,7 @@ class LocalEngine:
             _log.error("%s; another is started in %g s", reason, wait)
             self.feed.notice("worker_lost", {"reason": reason, "restart_after": wait})
             await asyncio.sleep(wait)
+            assert self._bundle is not None  # it ran before
             try:
                 async with self._changing:
                     if self._closing or self._serving is not None:  # a reload was quicker

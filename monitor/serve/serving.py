@@ -118,7 +118,15 @@ class Serving:
         stream = self.streams[ask.stream] = LocalStream(ask, self)
         self.idle.clear()
         self.worker.send(
-            Submit(ask.stream, ask.messages, ask.prompt, ask.max_tokens, ask.tier, ask.sampling)
+            Submit(
+                ask.stream,
+                ask.messages,
+                ask.prompt,
+                ask.max_tokens,
+                ask.tier,
+                ask.sampling,
+                ask.prior,
+            )
         )
         try:
             await asyncio.shield(stream.accepted)

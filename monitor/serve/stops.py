@@ -1,4 +1,4 @@
-"""Stop strings: a response is cut before the first of them, also when it spans several tokens."""
+"""Stop strings: a response is cut before the first that is complete, across tokens too."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ class StopStrings:
         if self.hit:
             return ""
         text = self._waiting + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [
+            (at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0
+        ]  # the first to end, so that it does not matter how the text was split
         if found:
             self.hit, self._waiting = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(_overlap(text, stop) for stop in self._stops)
         leaving, self._waiting = text[: len(text) - keep], text[len(text) - keep :]
         return leaving

@@ -8,9 +8,12 @@ be read without waiting for the device, each request's reader is given what may 
 
 from __future__ import annotations
 
+import itertools
+import logging
+import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn, Self, cast
 
@@ -36,6 +39,8 @@ from midstream.engines.hf.streaming import Prompt, encode
 from midstream.monitor import Monitor, NoFreeSlotError
 from midstream.streams import Session
 from midstream.taps import attach_taps
+
+_log = logging.getLogger(__name__)
 
 _ENTRIES = (
     "generate",
@@ -115,7 +120,8 @@ class BatchingAttachment:
         self._batching = seams.watchable(batching, model, reads_prompt=reads_prompt)
         self._attached = ExitStack()
         self._lock = threading.Lock()
-        self._requests: dict[str, Request] = {}  # all that have not ended
+        self._requests: dict[str, Request] = {}  # by key: all that have not ended
+        self._names: set[str] = set()  # theirs
         self._waiting: deque[Request] = deque()  # for a slot
         self._cancelled: deque[Request] = deque()
         self._count = self._running = 0
@@ -140,9 +146,9 @@ class BatchingAttachment:
             stack.callback(self._manager.destroy)
             room = [self._manager.longest, window(self.model)]
             self._room = min(tokens for tokens in room if tokens is not None)
+            self._closed, self._leaving = None, False
             self._manager.start()
             stack.callback(self._stop)
-            self._closed, self._leaving = None, False
             self._attached = stack.pop_all()
         return self
 
@@ -216,6 +222,8 @@ class BatchingAttachment:
         """
         self._check_open()
         ids = self._ids(prompt)
+        if request_id is not None and not isinstance(request_id, str):
+            raise UnsupportedGenerationError(f"request_id: expected a str, got {request_id!r}")
         if len(ids) >= self._room:
             raise UnsupportedGenerationError(
                 f"the prompt has {len(ids)} tokens, the model's window and the cache have room for "
@@ -235,15 +243,15 @@ class BatchingAttachment:
         tier = self._tier if tier is None else self.monitor.policy.tier_for(tier)
         with self._lock:
             self._check_open()
-            name = f"stream-{self._count}" if request_id is None else request_id
-            self._count += 1
-            if name in self._requests:
+            if request_id in self._names:
                 raise UnsupportedGenerationError(
-                    f"request {name!r} is there already; choose another"
+                    f"request {request_id!r} is there already; choose another"
                 )
+            name = self._free_name() if request_id is None else request_id
             request = Request(
                 Session(name, self.monitor.policy, self.monitor.bundle.hash),
                 ids,
+                key=str(self._count),
                 limit=longest if max_new_tokens is None else min(max_new_tokens, longest),
                 tier=tier,
                 prior=prior,
@@ -252,7 +260,9 @@ class BatchingAttachment:
                 cancel=self._cancel,
                 reader=reader,
             )
-            self._requests[name] = request
+            self._count += 1
+            self._requests[request.key] = request
+            self._names.add(name)
             self._waiting.append(request)
             self._hand_over()
         return request
@@ -263,7 +273,7 @@ class BatchingAttachment:
         while self._cancelled:
             request = self._cancelled.popleft()
             if not request.ended:
-                self._manager.drop(request.id)
+                self._manager.drop(request.key)
                 self._end(request, "cancelled")
 
     def judge(self, scores: Tensor) -> Tensor:
@@ -289,18 +299,23 @@ class BatchingAttachment:
     def stopped(self) -> None:
         """Close all that is left: the generation loop has ended."""
         fatal = self._manager.background_thread_status.fatal_error
-        self._streams.leave_thread()
         self._close(str(fatal))
         with self._lock:
             self._waiting.clear()
             left = list(self._requests.values())
         for request in left:
             self._end(request, "error", str(fatal))
+        self._streams.leave_thread()
 
     def _restore_attention(self, implementation: str) -> None:
         """As it was, also where the manager failed after it had chosen one of its own."""
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
+
+    def _free_name(self) -> str:
+        """A name for a request that was given none; the lock is held."""
+        candidates = (f"stream-{number}" for number in itertools.count(self._count))
+        return next(name for name in candidates if name not in self._names)
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -318,15 +333,18 @@ class BatchingAttachment:
         self._manager.stop(hard_stop=True)
 
     def _hand_over(self) -> None:
-        """Give the manager as many requests as there are slots; the lock is held."""
-        while self._waiting and self._running < self._slots:
+        """Give the manager as many requests as there are slots; the lock is held.
+
+        None when the loop is ending: it would drop them, and log their ids.
+        """
+        while self._closed is None and self._waiting and self._running < self._slots:
             request = self._waiting.popleft()
             self._running += 1
             request.running = True
             # one step more than asked for, in which the last token is fed and scored
             self._manager.add_request(
                 request.tokens,
-                request.id,
+                request.key,
                 max_new_tokens=request.limit + 1,
                 eos_token_id=self._ends,
                 **request.sampling,
@@ -334,6 +352,8 @@ class BatchingAttachment:
 
     def _cancel(self, request: Request) -> None:
         with self._lock:
+            if request.key not in self._requests:  # it has ended
+                return
             if request not in self._waiting:
                 self._cancelled.append(request)  # before_step goes on from here
                 self._manager.wake()
@@ -350,11 +370,17 @@ class BatchingAttachment:
     ) -> None:
         """Free its slot, let go what may still leave, and close it; a second time do nothing."""
         with self._lock:
-            if self._requests.pop(request.id, None) is not request:
+            if self._requests.pop(request.key, None) is None:
                 return
+            self._names.discard(request.id)
         if reason == "error" and self._leaving:
             reason = "cancelled"
-        report = self._streams.retire(request, reason, sampled)
+        report = None
+        try:
+            report = self._streams.retire(request, reason, sampled)
+        except Exception as failure:  # a device that is lost; the readers must hear of it
+            _log.exception("request %r: its slot could not be freed", request.id)
+            reason, error = "error", error or str(failure)
         if request.running:
             with self._lock:
                 self._running -= 1
@@ -365,10 +391,15 @@ class BatchingAttachment:
             request.end(report.finish_reason if report else reason, report)
 
     def _ids(self, prompt: Prompt | Sequence[int]) -> list[int]:
-        if not prompt:
+        if len(prompt) == 0:
             raise UnsupportedGenerationError("the prompt is empty; give at least one token")
-        if isinstance(prompt[0], int):
-            ids = [int(cast(int, token)) for token in prompt]
+        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+            try:
+                ids = [operator.index(cast(int, token)) for token in prompt]
+            except TypeError as error:
+                raise UnsupportedGenerationError(
+                    f"the prompt is neither a text, nor chat messages, nor token ids: {error}"
+                ) from error
             size = self.model.config.get_text_config().vocab_size
             if wrong := [token for token in ids if not 0 <= token < size]:
                 raise UnsupportedGenerationError(

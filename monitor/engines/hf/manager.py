@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.model_runner import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from midstream.engines.hf.checks import UnsupportedGenerationError
+from midstream.engines.hf.checks import UnsupportedGenerationError, end_tokens
 
 VERSION = "5.23"
 """The minor version whose loop was read; its inner parts change with each."""
@@ -98,7 +98,11 @@ class WatchedManager(ContinuousBatchingManager):
 
         `cancel_request` is for other threads, and can overtake the request that it cancels.
         """
-        self._processor.scheduler.set_request_cancellation(request_id)
+        scheduler = self._processor.scheduler
+        scheduler.set_request_cancellation(request_id)
+        # Set by a preemption, and taken back only when a request finishes: with all that run
+        # dropped, those that were preempted would wait for ever.
+        scheduler.block_new_requests = False
 
     def wake(self) -> None:
         """Let a loop that waits for work look again."""
@@ -181,8 +185,13 @@ def generation_config(model: Any, given: GenerationConfig | None) -> GenerationC
     for option in ("stop_strings", "max_time"):
         if getattr(config, option, None) is not None:
             faults.append(f"{option}: continuous batching ignores it, leave it out")
+    if given is not None and given.max_length is not None and config.max_new_tokens is None:
+        faults.append("max_length: continuous batching ignores it, give max_new_tokens")
+    vocabulary = model.config.get_text_config().vocab_size
     if config.eos_token_id in (None, -1, []):
         faults.append("no eos_token_id, which halted rows are given: set one")
+    elif wrong := [token for token in end_tokens(config) if not 0 <= token < vocabulary]:
+        faults.append(f"eos_token_id has {wrong}: expected 0 to {vocabulary - 1}")
     _refuse(faults)
     return config
 
@@ -263,8 +272,9 @@ def check_sampling(sampling: dict[str, Any], vocabulary: int) -> None:
     """
     temperature, top_k, top_p = (sampling.get(k) for k in ("temperature", "top_k", "top_p"))
     faults = []
-    if temperature is not None and not 0.0 < temperature < float("inf"):
-        faults.append(f"temperature: expected above 0, got {temperature}")
+    # Logits divided by less or more can leave fp32's range; a NaN ends the loop.
+    if temperature is not None and not 1e-5 <= temperature <= 1e5:
+        faults.append(f"temperature: expected 1e-5 to 1e5, got {temperature}")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         faults.append(f"top_k: expected 1 to {vocabulary}, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:

@@ -125,7 +125,8 @@ class PackedStreams:
                 "step was released"
             )
         table, slots = self._monitor.slots.host, [request.slot for request, _ in self._fed]
-        columns = [getattr(table, name)[slots].tolist() for name in ("verdict", "risk", "cause")]
+        names = ("unscored", "verdict", "risk", "cause")
+        columns = [getattr(table, name)[slots].tolist() for name in names]
         for (request, position), *found in zip(self._fed, *columns, strict=True):
             if position > request.judged:  # and not recomputed
                 request.judged = position
@@ -157,7 +158,8 @@ class PackedStreams:
             enforced=self._enforces and reason != "error",
         )
         request.slot = None
-        request.release(request.session.finish(), None, report.risk)
+        if reason != "error":  # or a token whose verdict was not read could pass as unscored
+            request.release(request.session.finish(), None, report.risk)
         return report
 
     def _admitted(self, request: Request) -> int:
@@ -194,11 +196,20 @@ class PackedStreams:
         return only_end(ended, scores, self._ends[0])
 
     def _release(
-        self, request: Request, position: int, verdict: int, risk: float, cause: int
+        self,
+        request: Request,
+        position: int,
+        unscored: int,
+        verdict: int,
+        risk: float,
+        cause: int,
     ) -> None:
         allowed = Verdict(verdict) if self._enforces else Verdict.CONTINUE
         name = self._monitor.cause_name(cause)
-        tokens, events = request.session.judge(position, allowed, risk, name)
+        tokens, events = request.session.judge(
+            position, allowed, risk, name, scored=unscored == request.unscored
+        )
+        request.unscored = unscored
         if request.closely:
             request.tell(self._scored(request, position, Verdict(verdict), risk, name))
         request.release(tokens, position, risk)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
@@ -38,8 +39,7 @@ class Response:
     report: StreamReport | None
 
 
-@dataclass(frozen=True)
-class Released:
+class Released(NamedTuple):
     """Tokens that may leave."""
 
     tokens: list[int]
@@ -61,15 +61,14 @@ class Text:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._step = partial(DecodeStream(skip_special_tokens=True).step, self._backend)
         self._tokens: list[int] = []
         self._shown = 0  # characters
 
     def add(self, tokens: Sequence[int]) -> str:
         """Return the text that is complete with these tokens."""
         self._tokens += tokens
-        pieces = [self._decoder.step(self._backend, token) for token in tokens]
-        text = "".join(piece for piece in pieces if piece)
+        text = "".join(piece for piece in map(self._step, tokens) if piece)
         self._shown += len(text)
         return text
 
@@ -89,6 +88,9 @@ class Request:
     session : Session
         Its front end.
     prompt : sequence of int
+    key : str
+        What the generation loop calls it. Never used twice, as its name may be: a loop that is told
+        to drop a name can have been given another request under it.
     limit : int
         Tokens of the response, at most.
     tier : str
@@ -109,6 +111,7 @@ class Request:
         session: Session[int],
         prompt: Sequence[int],
         *,
+        key: str,
         limit: int,
         tier: TierName,
         prior: Sequence[float] | None,
@@ -118,6 +121,7 @@ class Request:
         reader: Callable[[Item], None] | None = None,
     ) -> None:
         self.id = session.stream
+        self.key = key
         self.session = session
         self.prompt_tokens = len(prompt)
         self.limit = limit
@@ -135,11 +139,14 @@ class Request:
         self.closely = False
         """Whether its reader is told of every token's scores."""
         self.reader = reader
+        self.unscored = 0
+        """Of these, those without a score."""
         self._tokenizer = tokenizer
         self._cancel = cancel
         self._items: SimpleQueue[Item] = SimpleQueue()
         self._put = self._items.put if reader is None else reader
         self._released: list[int] = []
+        self._written: Text | None = None  # kept, as a reader may stop and read on
         self._done = threading.Event()
         self._response: Response | None = None
         self._error: GenerationFailedError | None = None
@@ -150,13 +157,14 @@ class Request:
                 "without a tokenizer there is no text to stream; pass it to attach_batching, or "
                 "use result()"
             )
-        written = Text(self._tokenizer)
+        if self._written is None:
+            self._written = Text(self._tokenizer)
         while (item := self._items.get()) is not None:
             text, position, risk = "", None, 0.0
             if isinstance(item, Released):
-                text, position, risk = written.add(item.tokens), item.position, item.risk
+                text, position, risk = self._written.add(item.tokens), item.position, item.risk
             elif item.type == "finished" and self.session.phase != Phase.HALTED:
-                text, risk = written.rest(), item.risk or 0.0
+                text, risk = self._written.rest(), item.risk or 0.0
             if text:
                 yield self.session.event("released", position=position, risk=risk, text=text)
             if isinstance(item, Event):
@@ -210,15 +218,21 @@ class Request:
         facts = {} if report is None else {"risk": report.risk, "verdict": report.verdict}
         cause = None if report is None else report.cause
         self.tell(
-            self.session.event("finished", cause=cause, message=reason, report=report, **facts)
+            self.session.event(
+                "finished", cause=cause, message=reason, report=report, **facts, **self._delivered()
+            )
         )
         self._close()
 
     def fail(self, message: str) -> None:
         """Close it with an error, which its reader's thread raises."""
         self._error = GenerationFailedError(f"request {self.id!r}: {message}")
-        self.tell(self.session.event("error", message=message))
+        self.tell(self.session.event("error", message=message, **self._delivered()))
         self._close()
+
+    def _delivered(self) -> dict[str, int]:
+        queue = self.session.hold_back
+        return {"delivered": queue.released, "delivered_unscored": queue.released_unscored}
 
     def _close(self) -> None:
         self._put(None)

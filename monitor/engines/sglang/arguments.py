@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from midstream.bundle import Bundle
 from midstream.policy import Policy
@@ -19,38 +19,20 @@ UNTRIED = "MIDSTREAM_UNTRIED_SGLANG"
 """Environment variable: 1 says that you know this adapter was never run against SGLang itself."""
 
 _HOOKS = "midstream.engines.sglang.hooks"
-
-_GRAPHS = "CUDA graphs are captured before forward hooks are registered, and replay without them"
-_LORA = "an adapter changes the residual stream that the probes were made for"
-_SPECULATIVE = "speculative decoding feeds tokens that are thrown away, several rows to a stream"
 _OFF = (False, None)
 
-# Server argument, the values that can be watched, why no others, and what to pass.
-_NEEDED: tuple[tuple[str, tuple[object, ...], str, str], ...] = (
-    ("disable_cuda_graph", (True,), _GRAPHS, "--disable-cuda-graph"),
-    (
-        "enable_custom_logit_processor",
-        (True,),
-        "without custom logit processors nothing is halted",
-        "--enable-custom-logit-processor",
-    ),
-    ("enable_torch_compile", _OFF, "compiled code skips hooks", "no --enable-torch-compile"),
-    ("speculative_algorithm", (None,), _SPECULATIVE, "no --speculative-algorithm"),
-    ("pp_size", (1, None), "in a pipeline no process sees all tapped rows", "--tp-size instead"),
-    ("enable_dp_attention", _OFF, "DP attention splits rows over ranks", "--dp-size alone"),
-    (
-        "enable_two_batch_overlap",
-        _OFF,
-        "a step runs as two interleaved passes",
-        "no --enable-two-batch-overlap",
-    ),
-    ("enable_lora", _OFF, _LORA, "a merged model and a bundle for it"),
-    (
-        "disaggregation_mode",
-        ("null", None),
-        "prompts that were computed elsewhere come in unwatched",
-        "no --disaggregation-mode",
-    ),
+# Server argument, the values that can be watched, and why no others.
+_NEEDED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("disable_cuda_graph", (True,), "a captured graph replays without hooks"),
+    ("enable_custom_logit_processor", (True,), "without it nothing is halted"),
+    ("enable_torch_compile", _OFF, "compiled code skips hooks"),
+    ("speculative_algorithm", (None,), "it feeds tokens that are thrown away"),
+    ("tp_size", (1, None), "nobody tried whether all ranks see and sample the same rows"),
+    ("pp_size", (1, None), "in a pipeline no process sees all tapped rows"),
+    ("enable_dp_attention", _OFF, "it splits rows over ranks"),
+    ("enable_two_batch_overlap", _OFF, "a step runs as two interleaved passes"),
+    ("enable_lora", _OFF, "an adapter changes the stream that the probes were made for"),
+    ("disaggregation_mode", ("null", None), "prompts computed elsewhere come in unwatched"),
 )
 
 
@@ -92,13 +74,12 @@ def server_arguments(bundle: str | Path, *, stop_id: int, max_running_requests: 
     specs = [spec("begin", "model", before=True), spec("end", "model")]
     for tap in loaded.bank.taps:
         if tap.site == "resid_mid":
-            _refuse(
+            raise UnsupportedEngineError(
                 f"tap {tap}: SGLang adds attention to the stream inside a fused norm, where it "
-                "cannot be read",
-                "train probes on resid_pre or resid_post",
+                "cannot be read; train probes on resid_pre or resid_post"
             )
-        name = "before_layer" if tap.site == "resid_pre" else "after_layer"
         before = tap.site == "resid_pre"
+        name = "before_layer" if before else "after_layer"
         specs.append(spec(name, f"model.layers.{tap.layer}", before, tap=str(tap)))
     specs.append(spec("after_logits", "logits_processor"))
     return [
@@ -110,18 +91,18 @@ def server_arguments(bundle: str | Path, *, stop_id: int, max_running_requests: 
 
 
 def check_policy(policy: Policy) -> None:
-    """Refuse a policy that can hold: no seam carries a HOLD to the front end, only a halt.
+    """Refuse a policy that can hold, or that has segments.
 
     Raises
     ------
     UnsupportedEngineError
     """
-    holds = any(t.hold_at is not None for s in policy.thresholds_by_segment() for t in s.values())
-    if holds or policy.on_unscored == "hold":
-        _refuse(
+    if policy.segments:
+        raise UnsupportedEngineError("segments are not told apart in SGLang; leave them out")
+    if policy.on_unscored == "hold" or any(t.hold_at is not None for t in policy.tiers.values()):
+        raise UnsupportedEngineError(
             "the policy can HOLD (hold_at, or on_unscored: hold), and SGLang's seams tell the "
-            "front end of a halt only",
-            "leave hold_at out, and set on_unscored to halt or pass",
+            "front end of a halt only; leave hold_at out, and set on_unscored to halt or pass"
         )
 
 
@@ -131,21 +112,19 @@ def check_server(args: Any) -> None:
     Raises
     ------
     UnsupportedEngineError
-        With the reason and the remedy.
+        Naming every argument at fault.
     """
     if os.environ.get(UNTRIED) != "1":
-        _refuse(
+        raise UnsupportedEngineError(
             "this adapter was written from SGLang's documentation and sources and never run "
-            "against the engine itself",
-            f"try it on your version with requests that must halt, then set {UNTRIED}=1",
+            f"against the engine itself; try it with requests that must halt, with {UNTRIED}=1 set"
         )
-    for name, allowed, why, remedy in _NEEDED:
-        value = getattr(args, name, None)
-        if value not in allowed:
-            _refuse(f"{name}={value!r}: {why}", f"pass {remedy}")
+    faults = [
+        f"{name}={value!r}: {why}; expected {allowed[0]!r}"
+        for name, allowed, why in _NEEDED
+        if (value := getattr(args, name, None)) not in allowed
+    ]
     if not getattr(args, "max_running_requests", None):
-        _refuse("max_running_requests is not set, and each stream needs a slot", "pass it")
-
-
-def _refuse(what: str, remedy: str) -> NoReturn:
-    raise UnsupportedEngineError(f"{what}; {remedy}")
+        faults.append("max_running_requests is not set: each stream needs a slot; pass it")
+    if faults:
+        raise UnsupportedEngineError("cannot be watched: " + "; ".join(faults))

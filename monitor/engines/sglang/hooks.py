@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from midstream.bundle import Bundle, Fingerprint
-from midstream.engines.ranks import Agreement
 from midstream.engines.sglang.arguments import (
     UnsupportedEngineError,
     check_policy,
@@ -54,15 +53,13 @@ def begin(config: dict[str, Any]) -> Callable[..., None]:
     bundle = Bundle.load(config["bundle"])
     check_policy(bundle.policy)
     monitor = Monitor(bundle, slots=2 * args.max_running_requests, device=args.device)
-    monitor.recognise_segments(_tokenizer(args) if bundle.policy.segments else None)
-    agree = Agreement(monitor.slots, _ranks()) if args.tp_size > 1 else None
-    _watch = Watch(monitor, config["stop_id"], report=_tell, agree=agree)
+    _watch = Watch(monitor, config["stop_id"], report=_tell)
     checked = False
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal checked
         if not checked:
-            check_model(module, bundle)
+            bundle.fingerprint.check(Fingerprint.of(_AsTransformers(module)))
             checked = True
         watch().begin(_named(module, args, kwargs)["forward_batch"])
 
@@ -71,11 +68,7 @@ def begin(config: dict[str, Any]) -> Callable[..., None]:
 
 def end(config: dict[str, Any]) -> Callable[..., None]:
     """Hook after the decoder stack, before any logits are computed."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        watch().end()
-
-    return hook
+    return lambda module, args, output: watch().end()
 
 
 def before_layer(config: dict[str, Any]) -> Callable[..., None]:
@@ -102,45 +95,20 @@ def after_layer(config: dict[str, Any]) -> Callable[..., None]:
 
 def after_logits(config: dict[str, Any]) -> Callable[..., None]:
     """Hook on the logits of a step, before they are sampled."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        watch().turn_away(output.next_token_logits)
-
-    return hook
-
-
-def check_model(decoder: nn.Module, bundle: Bundle) -> None:
-    """Refuse another model than the bundle's; ``decoder`` is the module named ``model``.
-
-    Raises
-    ------
-    WrongModelError
-    """
-    bundle.fingerprint.check(Fingerprint.of(_AsTransformers(decoder)))
+    return lambda module, args, output: watch().turn_away(output.next_token_logits)
 
 
 class _AsTransformers(nn.Module):
-    """What `Fingerprint.of` asks a transformers model for."""
+    """What `Fingerprint.of` asks a transformers model for, of the module named ``model``."""
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         self.config = decoder.config
-        # Ranks hold rows one after the other; the last are padding.
-        weight = decoder.embed_tokens.weight.detach()
-        if len(weight) < self.config.vocab_size:
-            weight = _gather(weight)
-        self._table: nn.Embedding = nn.Embedding.from_pretrained(weight[: self.config.vocab_size])
+        weight = decoder.embed_tokens.weight.detach()[: self.config.vocab_size]  # then padding
+        self._table: nn.Embedding = nn.Embedding.from_pretrained(weight)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self._table
-
-
-def _gather(weight: Tensor) -> Tensor:
-    import torch
-
-    parts = [torch.empty_like(weight) for _ in range(torch.distributed.get_world_size(_ranks()))]
-    torch.distributed.all_gather(parts, weight.contiguous(), group=_ranks())
-    return torch.cat(parts)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -150,18 +118,6 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _tell(report: StreamReport) -> None:
     _log.info("finished %s", report.model_dump_json(exclude={"trace"}))
-
-
-def _tokenizer(args: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(args.tokenizer_path or args.model_path)
-
-
-def _ranks() -> Any:
-    from sglang.srt.distributed import get_tp_group
-
-    return get_tp_group().device_group
 
 
 def _server_args() -> Any:

@@ -22,20 +22,10 @@ from midstream.policy import Policy
 TIER = "midstream_tier"
 """Key of a request's ``custom_params``: the tier it asks for."""
 
-_REFUSED = {
-    "custom_logit_processor": "is code; none comes from a client",
-    "input_embeds": "hides which tokens are fed",
-    "session_params": "sends a prompt in pieces",
-    "lora_path": "changes the residual stream that the probes were made for",
-}
-_REFUSED_SAMPLING = {
-    "ignore_eos": "would let a halted request go on",
-    "custom_params": "is what the processor is told; name a tier instead",
-    **dict.fromkeys(
-        ("json_schema", "regex", "ebnf", "structural_tag"),
-        "is a grammar, which does not take the token that ends a halted request",
-    ),
-}
+# What SGLang takes besides was not tried: grammars keep a halted request from ending, embeddings
+# hide what is fed, log-probabilities leave unjudged.
+_BODY = ("text", "input_ids", "stream", "sampling_params")
+_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "sampling_seed")
 
 
 class HaltingProcessor:
@@ -63,29 +53,23 @@ def watched(
     Raises
     ------
     UnsupportedEngineError
-        For a body that asks for what cannot be watched, or for the stop id.
+        For a body that has more than a prompt and plain sampling parameters.
     PolicyError
         For an unknown tier or one looser than the policy allows.
     """
     policy.tier_for(tier)
     sampling = body.get("sampling_params") or {}
-    if not isinstance(sampling, Mapping) or sampling.get("n", 1) != 1:
-        raise UnsupportedEngineError("several streams in one request; send a request for each")
-    for given, refused in ((body, _REFUSED), (sampling, _REFUSED_SAMPLING)):
-        for key, why in refused.items():
-            if given.get(key):
-                raise UnsupportedEngineError(f"{key} {why}; leave it out")
-    stops = set(sampling.get("stop_token_ids") or ())
-    if stop_id in stops or str(stop_id) in map(str, sampling.get("logit_bias") or ()):
-        raise UnsupportedEngineError(
-            f"token {stop_id} is reserved for halts; leave it out of stop_token_ids and logit_bias"
-        )
+    for given, known in ((body, _BODY), (sampling, _SAMPLING)):
+        if not isinstance(given, Mapping) or set(given) - set(known):
+            raise UnsupportedEngineError(
+                f"a watched request is one stream with {', '.join(known)}; got {list(given)}"
+            )
     return {
         **body,
         "custom_logit_processor": PROCESSOR,
         "sampling_params": {
             **sampling,
-            "stop_token_ids": [*sorted(stops), stop_id],
+            "stop_token_ids": [stop_id],
             "custom_params": {} if tier is None else {TIER: tier},
         },
     }
@@ -132,8 +116,7 @@ class Front:
                 self._hold_back.withhold()
                 self.finish_reason = self._on_halt.finish_reason
                 return leaving
-            is_end = finish_reason is not None and token == finish_reason.get("matched")
-            if not is_end:
+            if finish_reason is None or token != finish_reason.get("matched"):
                 self._hold_back.push(at, token)
         if finish_reason is not None and self.finish_reason is None:
             leaving += self._hold_back.finish()

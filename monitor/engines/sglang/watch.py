@@ -36,8 +36,6 @@ class _Stream:
     slot: int
     """-1 for a request that was turned away."""
     prompt_tokens: int
-    next: int = 0
-    """Position of the first row that was not fed yet."""
 
 
 class Watch:
@@ -50,22 +48,14 @@ class Watch:
         Token that halted rows are given; no other row is let write it.
     report : callable
         Takes the report of every stream that ended.
-    agree : callable, optional
-        Called after every `Monitor.advance`, where several ranks sample the same rows.
     """
 
     def __init__(
-        self,
-        monitor: Monitor,
-        stop_id: int,
-        *,
-        report: Callable[[StreamReport], None],
-        agree: Callable[[], None] | None = None,
+        self, monitor: Monitor, stop_id: int, *, report: Callable[[StreamReport], None]
     ) -> None:
         self.monitor = monitor
         self._stop_id = stop_id
         self._report = report
-        self._agree = agree
         self._streams: dict[str, _Stream] = {}
         self._batch: Any = None  # of the pass that is running
         self._rows: list[int] = []
@@ -95,12 +85,7 @@ class Watch:
     def observe(self, tap: Tap, hidden: Tensor, residual: Tensor | None) -> None:
         """Score the rows at one tap; with a ``residual`` the stream is the sum of the two."""
         if self._batch is None or not self._requests:
-            return  # the engine idles beside other ranks
-        if getattr(hidden, "_sglang_needs_allreduce_fusion", False):
-            raise UnsupportedEngineError(
-                f"{tap} would be read before it is summed over the ranks; start the server "
-                "without all-reduce fusion"
-            )
+            return  # the engine idles
         rows = sum(self._rows)
         if len(hidden) < rows or tap in self._seen:
             raise UnsupportedEngineError(
@@ -123,15 +108,10 @@ class Watch:
                 "was given, or the layers ran without their hooks; serve a model whose layers are "
                 "model.layers.N, called as modules"
             )
-        device, streams = self.monitor.device, [self._stream(r) for r in self._requests]
-        slots = torch.tensor([s.slot if s else _NO_SLOT for s in streams], dtype=torch.int32)
-        rows = torch.tensor(self._rows)
-        slot = slots.repeat_interleave(rows).to(device, non_blocking=True)
+        slots = [_NO_SLOT if r is None else self._streams[r.rid].slot for r in self._requests]
+        slot = torch.tensor(slots, dtype=torch.int32).repeat_interleave(torch.tensor(self._rows))
         position = batch.positions[: len(slot)].to(torch.int32)
-        self._follow(batch, streams, rows)
-        self.monitor.advance(slot, position)
-        if self._agree is not None:
-            self._agree()
+        self.monitor.advance(slot.to(self.monitor.device, non_blocking=True), position)
         self._judged = {r.rid for r in self._requests if r is not None}
 
     def force_end(self, logits: Tensor, requests: Sequence[Any]) -> Tensor:
@@ -166,9 +146,6 @@ class Watch:
             logits[rows] = -torch.inf
             logits[rows, self._stop_id] = 0.0
 
-    def _stream(self, request: Any) -> _Stream | None:
-        return None if request is None else self._streams[request.rid]
-
     def _admit(self, request: Any) -> None:
         prompt, params = request.origin_input_ids, request.sampling_params
         slot = _NO_SLOT
@@ -187,49 +164,29 @@ class Watch:
         self._streams[request.rid] = _Stream(weakref.ref(request), slot, len(prompt))
 
     def _retire_ended(self) -> None:
-        running = {request.rid for request in self._requests if request is not None}
+        running = {request.rid: request for request in self._requests if request is not None}
         for rid, stream in list(self._streams.items()):
             request = stream.request()
-            if rid in running or (request is not None and not request.finished()):
+            # Its name alone says nothing: another request may have it by now.
+            if request is not None and (running.get(rid) is request or not request.finished()):
                 continue
             del self._streams[rid]
-            if stream.slot == _NO_SLOT:
-                continue
-            if request is None:  # aborted while it waited, its newest token never fed
-                report = self.monitor.retire(stream.slot, "abort", never_fed=1, enforced=False)
-            else:
-                reason = request.finished_reason.to_json()
-                sampled = list(request.output_ids)
-                halted = sampled[-1:] == [self._stop_id]
-                if sampled and (halted or sampled[-1] == reason.get("matched")):
-                    sampled.pop()  # the end token
-                fed = int(self.monitor.slots.position[stream.slot]) - stream.prompt_tokens
-                report = self.monitor.retire(
-                    stream.slot,
-                    reason["type"],
-                    never_fed=max(0, len(sampled) - max(0, fed)),
-                    enforced=halted,
-                )
-            self._report(report)
+            if stream.slot != _NO_SLOT:
+                self._report(self._retire(stream, request))
 
-    def _follow(self, batch: Any, streams: list[_Stream | None], rows: Tensor) -> None:
-        """Tell the segments which response token each stream was fed for the first time."""
-        prefixes = batch.extend_prefix_lens_cpu
-        new = []
-        for i, (stream, count) in enumerate(zip(streams, rows.tolist(), strict=True)):
-            if stream is None:
-                new.append(_NO_SLOT)
-                continue
-            # Decoding has no prefix lengths on the host.
-            last = stream.next if prefixes is None else prefixes[i] + count - 1
-            is_new = last >= max(stream.prompt_tokens, stream.next)
-            new.append(stream.slot if is_new else _NO_SLOT)
-            stream.next = max(stream.next, last + 1)
-        if self.monitor.segments is not None:
-            device = self.monitor.device
-            ends = (rows.cumsum(0) - 1).to(device, non_blocking=True)
-            slots = torch.tensor(new, dtype=torch.int32).to(device, non_blocking=True)
-            self.monitor.follow(slots, batch.input_ids[ends].long())
+    def _retire(self, stream: _Stream, request: Any) -> StreamReport:
+        if request is None:  # aborted while it waited, its newest token never fed
+            return self.monitor.retire(stream.slot, "abort", never_fed=1, enforced=False)
+        reason = request.finished_reason.to_json()
+        sampled = list(request.output_ids)
+        halted = sampled[-1:] == [self._stop_id]
+        if sampled and (halted or sampled[-1] == reason.get("matched")):
+            sampled.pop()  # the end token
+        fed = int(self.monitor.slots.position[stream.slot]) - stream.prompt_tokens
+        never_fed = max(0, len(sampled) - max(0, fed))
+        return self.monitor.retire(
+            stream.slot, reason["type"], never_fed=never_fed, enforced=halted
+        )
 
 
 def _requests(batch: Any) -> list[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from vllm import envs
+
 from midstream.engines.vllm.settings import (
     ANY_VERSION,
     PROCESSOR,
@@ -82,6 +84,19 @@ def check_config(config: Any) -> None:
         _refuse(
             "--kv-transfer-config brings prompts that were computed elsewhere, unwatched",
             "leave it out",
+        )
+    if model.is_diffusion:
+        _refuse("a diffusion model writes its tokens in no order", "serve an autoregressive one")
+    if config.weight_transfer_config is not None:
+        _refuse(
+            "--weight-transfer-config replaces the weights that the probes were made for",
+            "leave it out",
+        )
+    if envs.VLLM_USE_RUST_FRONTEND:
+        _refuse(
+            "VLLM_USE_RUST_FRONTEND=1: vLLM's Rust front end loads no plugins, so clients would "
+            "not be told of a halt",
+            "unset it",
         )
     if scheduler.policy != "fcfs":
         _refuse(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 from midstream.engines.vllm.checks import check_config, check_version
@@ -17,7 +17,22 @@ from midstream.policy import Policy
 
 _MARK = "\0midstream:"
 _policy: Policy | None = None
-_installed = False
+_installed = _endpoints_installed = False
+
+
+class Halted(str):
+    """Finish reason of a halted response; by its type endpoints can tell it from their own."""
+
+
+class _NoTokens(list[int]):
+    """Empty, and true.
+
+    Endpoints that stream leave out a first chunk that has no tokens (a prompt that is computed in
+    chunks once gave such), and with it the finish reason of a response that is halted at once.
+    """
+
+    def __bool__(self) -> bool:
+        return True
 
 
 def stop_reason(policy: Policy) -> str:
@@ -63,6 +78,7 @@ def _start(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any
         check_version(vllm.__version__)
         check_config(vllm_config)
         _policy = bundle_of(vllm_config).policy
+        _install_endpoints()
     original(self, vllm_config, *args, **kwargs)
 
 
@@ -85,8 +101,64 @@ def _complete(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(self, *args, **kwargs)
     reason = output.stop_reason
     if isinstance(reason, str) and reason.startswith(_MARK):
-        output.finish_reason, output.stop_reason = json.loads(reason.removeprefix(_MARK))
+        name, output.stop_reason = json.loads(reason.removeprefix(_MARK))
+        output.finish_reason = Halted(name)
+        output.token_ids = output.token_ids or _NoTokens()
     return output
+
+
+def _install_endpoints() -> None:
+    """Mend the endpoints that would give a halted response another finish reason."""
+    global _endpoints_installed
+    if _endpoints_installed:
+        return
+    _endpoints_installed = True
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    _wrap(OpenAIServingChat, "chat_completion_full_generator", _answer_chat)
+    _wrap(OpenAIServingResponses, "responses_full_generator", _answer_responses)
+
+
+async def _answer_chat(
+    original: Any, self: Any, request: Any, results: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A halted response is no ``tool_calls``, even where a whole call was read from it."""
+    halted: dict[int, Halted] = {}
+
+    async def seen() -> AsyncIterator[Any]:
+        async for result in results:
+            for output in result.outputs:
+                if isinstance(output.finish_reason, Halted):
+                    halted[output.index] = output.finish_reason
+            yield result
+
+    response = await original(self, request, seen(), *args, **kwargs)
+    for choice in getattr(response, "choices", ()):  # none in an error
+        choice.finish_reason = halted.get(choice.index, choice.finish_reason)
+    return response
+
+
+async def _answer_responses(
+    original: Any,
+    self: Any,
+    request: Any,
+    params: Any,
+    results: Any,
+    context: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A halted response is ``incomplete`` by ``content_filter``, which vLLM has no case for."""
+    from openai.types.responses.response import IncompleteDetails
+
+    response = await original(self, request, params, results, context, *args, **kwargs)
+    final = getattr(context, "final_output", None)
+    reason = context.finish_reason if final is None else final.outputs[0].finish_reason
+    if isinstance(reason, Halted) and hasattr(response, "incomplete_details"):
+        response.status = "incomplete"
+        response.incomplete_details = IncompleteDetails(reason="content_filter")
+    return response
 
 
 def _refuse(what: str, remedy: str) -> NoReturn:

@@ -34,6 +34,7 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
     """A worker whose every row is judged between the forward pass and the sampler."""
 
     watch: Watch
+    _other_model: ValueError | None = None
 
     def init_device(self) -> None:
         """Refuse what cannot be watched before anything is loaded."""
@@ -46,11 +47,10 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
         """Load the model, check that the bundle was made for it, and tap its layers."""
         super().load_model(**options)
         config = self.vllm_config
-        bundle = bundle_of(config)
         tokenizer = _tokenizer(config.model_config)
-        bundle.fingerprint.check(fingerprint(self.model_runner.get_model(), tokenizer))
+        self._check_model(tokenizer)
         monitor = Monitor(
-            bundle,
+            bundle_of(config),
             # With first come, first served no request starts while a preempted one waits.
             slots=config.scheduler_config.max_num_seqs,
             rows=config.scheduler_config.max_num_batched_tokens,
@@ -69,8 +69,15 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
             )
         ours[0].watch = self.watch
 
+    def reload_weights(self, *args: Any, **options: Any) -> None:
+        """Load weights anew; where they are not the bundle's model, no step runs any more."""
+        super().reload_weights(*args, **options)
+        self._check_model(_tokenizer(self.vllm_config.model_config))
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the forward pass with the taps open."""
+        if self._other_model is not None:
+            raise self._other_model
         self._scheduled = scheduler_output
         with self.watch.step(scheduler_output):
             return super().execute_model(scheduler_output)
@@ -83,6 +90,14 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
         if isinstance(output, AsyncModelRunnerOutput):
             return _JudgedLater(output, read)
         return _judged(output, read())
+
+    def _check_model(self, tokenizer: Any) -> None:
+        found = fingerprint(self.model_runner.get_model(), tokenizer)
+        try:
+            bundle_of(self.vllm_config).fingerprint.check(found)
+        except ValueError as error:
+            self._other_model = error
+            raise
 
     def midstream_status(self) -> dict[str, Any]:
         """Return the watch's counts; for ``collective_rpc``."""

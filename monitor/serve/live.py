@@ -1,0 +1,355 @@
+"""What the live page shows: the last streams, kept within bounds and told to all who look."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from midstream.bundle import Bundle
+from midstream.serve.feed import EngineStats, Observer, Opened
+from midstream.serve.halts import RecentHalts
+from midstream.serve.live_record import Record
+from midstream.serve.live_viewers import Viewer, Viewers, message
+from midstream.streams import Event
+
+_log = logging.getLogger(__name__)
+
+TICK = 0.1
+"""Seconds between two messages to the page."""
+
+NOTICES = 20
+
+
+class TooManyViewersError(RuntimeError):
+    """Nobody more can look on."""
+
+
+@dataclass
+class _Close:
+    """A stream that somebody looks at closely, and how much of it was told."""
+
+    record: Record
+    viewers: Viewers = field(default_factory=Viewers)
+    points: int = 0
+    pieces: int = 0
+    marks: int = 0
+    ended: bool = False
+
+    def knows_all(self) -> bool:
+        record = self.record
+        now = len(record.positions), len(record.pieces), len(record.marks), record.ended
+        return now == (self.points, self.pieces, self.marks, self.ended)
+
+    def told_all(self) -> None:
+        record = self.record
+        self.points, self.pieces = len(record.positions), len(record.pieces)
+        self.marks, self.ended = len(record.marks), record.ended
+
+
+class Live(Observer):
+    """Keeps the last streams for the page.
+
+    An event costs the same however many streams and viewers there are; ten times a second one
+    message goes to all viewers, and one per stream that is looked at closely to those who do.
+
+    Parameters
+    ----------
+    bundle_of : callable, optional
+        From a bundle's hash to the bundle, or None where it is not known any more: levels, horizon
+        and hazards are then not shown.
+    text : bool
+        Whether the page may show text; otherwise it shows how long the tokens are, and no text is
+        kept.
+    look_closely : callable, optional
+        Called with a stream's id and whether somebody looks at it, for engines that give
+        ``scored`` events only then.
+    streams, size : int
+        How many streams are kept, and with how many bytes. The oldest that have ended go first.
+    viewers : int
+        Event streams open at once; a page has two.
+    """
+
+    def __init__(
+        self,
+        bundle_of: Callable[[str], Bundle | None] = lambda digest: None,
+        *,
+        text: bool = False,
+        look_closely: Callable[[str, bool], None] | None = None,
+        streams: int = 500,
+        size: int = 64 << 20,
+        viewers: int = 64,
+    ) -> None:
+        if streams < 1:
+            raise ValueError(f"streams: expected at least 1, got {streams}")
+        self._bundle_of = bundle_of
+        self._text = text
+        self._look_closely = look_closely
+        self._most, self._most_bytes, self._most_viewers = streams, size, viewers
+        self._open: OrderedDict[str, Record] = OrderedDict()
+        self._ended: OrderedDict[int, Record] = OrderedDict()
+        self._numbered: dict[int, Record] = {}
+        self._bytes = 0
+        self._number = 0
+        self._new: set[int] = set()
+        self._changed: dict[int, Record] = {}
+        self._gone: list[int] = []
+        self._halts = RecentHalts()
+        self._halts_changed = False
+        self._engine: dict[str, int] | None = None
+        self._engine_changed = False
+        self._counts = {"unscored": 0, "errors": 0, "refused": 0, "not_kept": 0}
+        self._notices: deque[dict[str, Any]] = deque(maxlen=NOTICES)
+        self._notices_told = 0
+        self._noticed = 0
+        self._bundles: dict[str, dict[str, Any] | None] = {}
+        self._viewers = Viewers()
+        self._close_ups: dict[int, _Close] = {}
+        self._watching = 0
+        self._ticker: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # ------------------------------------------------------------------ what is observed
+
+    def opened(self, stream: Opened) -> None:
+        """Keep it."""
+        self._number += 1
+        record = Record(
+            self._number, stream, keeps_text=self._text, hold_back=self._hold_back(stream.bundle)
+        )
+        self._open[stream.ask.stream] = self._numbered[self._number] = record
+        self._bytes += record.size
+        self._new.add(self._number)
+        self._changed[self._number] = record
+        self._keep_bounds()
+
+    def event(self, stream: Opened, event: Event) -> None:
+        """Keep what it tells."""
+        if event.type == "halted":
+            self._halts.halted(event.cause)
+            self._halts_changed = True
+        elif event.type in ("finished", "error"):
+            self._end(event)
+        record = self._open.get(stream.ask.stream)
+        if record is None or record.opened is not stream:
+            return  # it had to make room
+        before = record.size
+        record.take(event)
+        self._bytes += record.size - before
+        self._changed[record.number] = record
+        if record.ended:
+            del self._open[stream.ask.stream]
+            self._ended[record.number] = record
+        if self._bytes > self._most_bytes:
+            self._keep_bounds()
+
+    def refused(self, client: str, status: int, code: str) -> None:
+        """Count it."""
+        self._counts["refused"] += 1
+        self._halts_changed = True
+
+    def notice(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Keep it, as words."""
+        told = [f"{key} {value}" for key, value in facts.items() if isinstance(value, str | int)]
+        notice = {"at": time.time(), "kind": kind[:60], "facts": ", ".join(told)[:300]}
+        self._notices.append(notice)
+        self._noticed += 1
+
+    def stats(self, stats: EngineStats) -> None:
+        """Keep how full the engine is."""
+        now = {"slots": stats.slots, "used": stats.slots_used, "waiting": stats.waiting}
+        self._engine_changed |= now != self._engine
+        self._engine = now
+
+    def close(self) -> None:
+        """Let all viewers go: a server that drains waits for its connections."""
+        self._closed = True
+        self._viewers.close()
+        for close_up in self._close_ups.values():
+            close_up.viewers.close()
+        if self._ticker is not None:
+            self._ticker.cancel()
+
+    # ------------------------------------------------------------------ who looks
+
+    def look(self) -> Viewer:
+        """Begin to show everything to somebody; call :meth:`leave` at the end.
+
+        Raises
+        ------
+        TooManyViewersError
+        """
+        viewer = self._viewer()
+        self._tell()  # so that what this one is told next follows on what it is told now
+        viewer.send(message("snapshot", self._snapshot()))
+        self._viewers.join(viewer)
+        return viewer
+
+    def look_at(self, number: int) -> Viewer:
+        """Begin to show one stream to somebody; call :meth:`leave` at the end.
+
+        Raises
+        ------
+        KeyError
+            Where the stream is not kept any more.
+        TooManyViewersError
+        """
+        record = self._numbered[number]
+        viewer = self._viewer()
+        close_up = self._close_ups.get(number)
+        if close_up is None:
+            close_up = self._close_ups[number] = _Close(record)
+            self._look(record, True)
+        self._tell_closely(close_up)
+        close_up.told_all()
+        viewer.send(message("stream", record.whole()))
+        close_up.viewers.join(viewer)
+        return viewer
+
+    def leave(self, viewer: Viewer, number: int | None = None) -> None:
+        """Somebody looks no more, at all or at one stream."""
+        self._watching -= 1
+        if number is None:
+            self._viewers.leave(viewer)
+        elif (close_up := self._close_ups.get(number)) is not None:
+            close_up.viewers.leave(viewer)
+            if not len(close_up.viewers):
+                del self._close_ups[number]
+                self._look(close_up.record, False)
+        if not self._watching and self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
+
+    def _viewer(self) -> Viewer:
+        if self._closed or self._watching >= self._most_viewers:
+            raise TooManyViewersError
+        self._watching += 1
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        return Viewer()
+
+    def _look(self, record: Record, on: bool) -> None:
+        if self._look_closely is not None and not record.ended:
+            self._look_closely(record.opened.ask.stream, on)
+
+    # ------------------------------------------------------------------ what they are told
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                self._tell()
+                for close_up in tuple(self._close_ups.values()):
+                    self._tell_closely(close_up)
+            except Exception:
+                _log.exception("the page was not told")
+
+    def _tell(self) -> None:
+        """Tell all viewers what has changed."""
+        rows = []
+        for number, record in self._changed.items():
+            rows.append(record.row() if number in self._new else record.changes())
+            record.spark_told = len(record.risks)
+        news: dict[str, Any] = {"rows": rows, "gone": self._gone}
+        if self._halts.turn() or self._halts_changed:
+            news["halts"], news["counts"] = self._halts.counts(), self._counts
+        if self._engine_changed:
+            news["engine"] = self._engine
+        if self._noticed > self._notices_told:
+            news["notices"] = list(self._notices)
+        if self._new:
+            news["bundles"] = self._known_bundles()
+        worth_it = rows or self._gone or len(news) > 2
+        self._changed, self._new, self._gone = {}, set(), []
+        self._halts_changed = self._engine_changed = False
+        self._notices_told = self._noticed
+        if worth_it and len(self._viewers):
+            self._viewers.send(message("changes", news))
+
+    def _snapshot(self) -> dict[str, Any]:
+        self._halts.turn()
+        return {
+            "text": self._text,
+            "rows": [record.row() for record in self._numbered.values()],
+            "halts": self._halts.counts(),
+            "counts": self._counts,
+            "engine": self._engine,
+            "notices": list(self._notices),
+            "bundles": self._known_bundles(),
+        }
+
+    def _tell_closely(self, close_up: _Close) -> None:
+        """Tell those who look at one stream what is new."""
+        record = close_up.record
+        if record.ended and not close_up.ended:  # now with what the monitor recorded
+            told = message("stream", record.whole())
+        else:
+            if close_up.knows_all():
+                return
+            # the last point once more: its scores may have come after its risk
+            points = max(close_up.points - 1, 0)
+            told = message("news", record.news(points, close_up.pieces, close_up.marks))
+        close_up.told_all()
+        close_up.viewers.send(told)
+
+    # ------------------------------------------------------------------ bounds
+
+    def _end(self, event: Event) -> None:
+        self._halts.ended()
+        self._halts_changed = True
+        if event.type == "error":
+            self._counts["errors"] += 1
+        elif event.report is not None:
+            self._counts["unscored"] += event.report.unscored
+
+    def _keep_bounds(self) -> None:
+        while self._numbered and (
+            len(self._numbered) > self._most or self._bytes > self._most_bytes
+        ):
+            if self._ended:
+                number, record = self._ended.popitem(last=False)
+            else:
+                _, record = self._open.popitem(last=False)
+                number = record.number
+                self._counts["not_kept"] += 1
+            del self._numbered[number]
+            self._bytes -= record.size
+            self._changed.pop(number, None)
+            if number in self._new:
+                self._new.discard(number)
+            elif len(self._viewers):
+                self._gone.append(number)
+
+    def _hold_back(self, digest: str) -> int:
+        """Tokens a client stays behind; 1 for whole turns, whose pieces have no position."""
+        bundle = self._bundle_of(digest)
+        depth = "turn" if bundle is None else bundle.policy.hold_back
+        return 1 if depth == "turn" else depth
+
+    def _known_bundles(self) -> dict[str, dict[str, Any] | None]:
+        """What the page needs of the bundles that kept streams are judged by."""
+        used = {record.opened.bundle for record in self._numbered.values()}
+        self._bundles = {
+            digest: self._bundles.get(digest) or _facts(self._bundle_of(digest)) for digest in used
+        }
+        return self._bundles
+
+
+def _facts(bundle: Bundle | None) -> dict[str, Any] | None:
+    if bundle is None:
+        return None
+    policy = bundle.policy
+    return {
+        "tiers": {name: tier.model_dump(mode="json") for name, tier in policy.tiers.items()},
+        "hold_back": policy.hold_back,
+        "on_unscored": policy.on_unscored,
+        "segments": list(policy.segments),
+        "probes": [
+            {"name": probe.name, "hazard": probe.hazard, "reads": probe.reads}
+            for probe in bundle.bank.heads
+        ],
+    }
