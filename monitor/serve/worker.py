@@ -164,7 +164,9 @@ class Batching(BatchingAttachment):
         self._channel = channel
         self._told: deque[tuple[_Reader, Item]] = deque()
         self._telling = threading.Lock()
-        self._streaming: dict[str, Request] = {}  # those that the server does not know to have ended
+        self._streaming: dict[
+            str, Request
+        ] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
 
     @property
