@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -74,12 +75,11 @@ def answer(channel: Channel, reading: Reading) -> None:
 
     threading.Thread(target=listen, name="midstream-listen", daemon=True).start()
     while True:
-        try:
+        with suppress(Empty):
             while (message := inbox.get(block=not reading.busy)) is not None:
                 reading.take(message)
             return
-        except Empty:
-            reading.tell()
+        reading.tell()
 
 
 class Reading(ForcedStreams):
