@@ -351,6 +351,38 @@ def test_the_end_of_the_server_ends_all_viewers():
     run(main())
 
 
+def test_a_server_that_stops_shows_its_last_streams_and_then_lets_viewers_go():
+    async def main():
+        live = Live()
+        stream = opened(live)
+        reading = Reading(live.look())
+        live.notice("stopping", {"drain": 30.0})
+        await reading.until(lambda r: r.messages[-1][1].get("notices"))
+        await asyncio.sleep(3 * TICK)
+        tell(live, stream, "finished", message="stop")
+        await reading.until(lambda r: r.states() == {"one": "finished"})
+        assert [text async for text in reading.viewer] == []
+
+    run(main())
+
+
+def test_a_bundle_that_was_replaced_is_still_known_to_its_streams():
+    known = {BUNDLE: a_bundle()}
+    live = Live(known.get)
+    opened(live)
+    known.clear()
+    assert live._snapshot()["bundles"][BUNDLE]["tiers"]["moderate"]["halt_at"] == 0.5
+
+
+def test_what_the_engine_counted_is_what_left():
+    live = Live()
+    stream = opened(live)
+    tell(live, stream, "released", position=5, risk=0.1, text="x")
+    tell(live, stream, "finished", message="stop", delivered=7, delivered_unscored=2)
+    assert live._numbered[1].changes()["left"] == 7
+    assert live._counts["unscored"] == 2
+
+
 def test_silence_is_broken_by_comments(monkeypatch):
     async def main():
         monkeypatch.setattr(live_viewers, "KEEP_ALIVE", 0.01)

@@ -88,9 +88,6 @@ class Request:
     session : Session
         Its front end.
     prompt : sequence of int
-    key : str
-        What the generation loop calls it. Never used twice, as its name may be: a loop that is told
-        to drop a name can have been given another request under it.
     limit : int
         Tokens of the response, at most.
     tier : str
@@ -111,7 +108,6 @@ class Request:
         session: Session[int],
         prompt: Sequence[int],
         *,
-        key: str,
         limit: int,
         tier: TierName,
         prior: Sequence[float] | None,
@@ -121,7 +117,6 @@ class Request:
         reader: Callable[[Item], None] | None = None,
     ) -> None:
         self.id = session.stream
-        self.key = key
         self.session = session
         self.prompt_tokens = len(prompt)
         self.limit = limit
