@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from midstream.serve.channel import Channel
 from midstream.serve.local import LocalEngine, serve_model
 from midstream.serve.messages import Left, Plan, Step
@@ -64,14 +62,15 @@ def noting(channel: Channel, plan: Plan) -> None:
 
 def main() -> None:
     """Serve."""
-    from midstream.commands.serve import serve
+    from midstream import cli
 
     log = Path(sys.argv.pop(1))
     log.write_bytes(b"")
     os.environ[LOG] = str(log)
     assert LocalEngine.__init__.__kwdefaults__ is not None
     LocalEngine.__init__.__kwdefaults__["main"] = noting
-    typer.run(serve)
+    sys.argv[1:1] = ["serve"]
+    cli.main()
 
 
 if __name__ == "__main__":
