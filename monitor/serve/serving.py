@@ -64,7 +64,7 @@ class LocalStream:
 
     def send(self, message: Any) -> None:
         """Send a message about it to its worker."""
-        self.serving.worker.send(message)
+        self.serving.send(message)
 
     def put(self, event: Event) -> None:
         """Let the reader have an event."""
@@ -143,6 +143,10 @@ class Serving:
             await self.worker.stop()
             raise
         self.since = time.monotonic()
+
+    def send(self, message: Any) -> None:
+        """Send a message about a stream; without effect once the worker is gone."""
+        self.worker.send(message)
 
     async def submit(self, ask: Ask) -> LocalStream:
         """Send a request, and wait until it was accepted."""
