@@ -5,6 +5,7 @@ It ends when its channel does, or when the generation loop fails.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -80,6 +81,8 @@ def run(
                 _log.exception("the model cannot be served")
             channel.send(Failed(str(error)))
             return
+        gc.collect()  # for the reason that `midstream.serve.run.freeze` gives
+        gc.freeze()
         answer(channel, serving)
 
 
