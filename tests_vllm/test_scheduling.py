@@ -22,7 +22,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from midstream import testbed
 from midstream.engines.vllm.scheduler import MonitoredAsyncScheduler, MonitoredScheduler
 from midstream.engines.vllm.settings import KEY, PROCESSOR, SCHEDULER, WORKER
-from midstream.engines.vllm.watch import JUDGEMENTS, Judgement
+from midstream.engines.vllm.watch import JUDGEMENTS
 from midstream.kernels.tables import Verdict
 
 RUNNING, BLOCK, BLOCKS = 4, 16, 14
@@ -84,7 +84,7 @@ class Worker:
             last = first[request] + rows - 1
             halts = self.halts.get(request, last + 1) <= last
             verdict = Verdict.HALT if halts else Verdict.CONTINUE
-            judgements[request] = Judgement(last, int(verdict), 0.5, None)
+            judgements[request] = (last, int(verdict), 0.5, None)
             whole = last + 1 == self.known[request]
             self.known[request] += whole
             sampled.append([token(request, last + 1)] if whole else [])

@@ -157,8 +157,10 @@ class Reading(ForcedStreams):
             self.fail(stream, f"the text could not be split into tokens: {type(error).__name__}")
 
     def _leaving(self, stream: ForcedStream, event: Event) -> Left:
-        tokens, self._left[stream.id] = stream.left - self._left[stream.id], stream.left
-        return Left(stream.id, tokens, event.position, event.risk, event.text or "")
+        before, count = self._left[stream.id], stream.delivered
+        self._left[stream.id] = count["delivered"]
+        tokens, unscored = count["delivered"] - before, count["delivered_unscored"]
+        return Left(stream.id, tokens, event.position, event.risk, event.text or "", unscored)
 
     def _submit(self, asked: Submit) -> None:
         try:
@@ -171,7 +173,7 @@ class Reading(ForcedStreams):
 
     def _opened(self, asked: Submit) -> ForcedStream:
         prompt: Any = asked.prompt if asked.messages is None else asked.messages
-        return self.open(asked.stream, prompt, tier=asked.tier or self._tier)
+        return self.open(asked.stream, prompt, tier=asked.tier or self._tier, prior=asked.prior)
 
 
 def _refusal(error: Exception, asked: Submit) -> tuple[int, str, str, str | None]:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from midstream.bundle import Bundle
 from midstream.serve.channel import Channel
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
@@ -150,7 +151,12 @@ class ProxyEngine:
         """Start the worker and wait until it serves; see `LocalEngine.start`."""
         await self._readers.start()
 
-    async def reload(self, folder: str | Path) -> str:
+    @property
+    def bundle(self) -> Bundle | None:
+        """What new streams are judged by; None before it was started."""
+        return self._readers.bundle
+
+    async def reload(self, folder: str | Path | None) -> str:
         """Judge streams from now on by another bundle; see `LocalEngine.reload`."""
         return await self._readers.reload(folder)
 
