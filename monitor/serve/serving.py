@@ -128,6 +128,7 @@ class Serving:
         self.idle.set()
         self.worker = Worker(main, plan, self._received, self._ended)
         self._feed, self._judged, self._lost = feed, judged, lost
+        self._untold: deque[tuple[Opened, Event]] = deque()
 
     async def start(self) -> None:
         """Start it and wait until it serves.
@@ -214,10 +215,19 @@ class Serving:
             )
         else:
             event = told
-        self._feed.event(stream.opened, event)
         stream.put(event)
+        if not self._untold:
+            # Two turns of the loop on, when the clients of all streams have what came with this
+            # step: a token is not to wait for those who look on.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._tell_feed)
+        self._untold.append((stream.opened, event))
         if event.type in ("finished", "error"):
             self._forget(told.stream)
+
+    def _tell_feed(self) -> None:
+        while self._untold:
+            self._feed.event(*self._untold.popleft())
 
     def _forget(self, name: str) -> LocalStream:
         stream = self.streams.pop(name)

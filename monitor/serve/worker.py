@@ -5,6 +5,7 @@ It ends when its channel does, or when the generation loop fails.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
+_AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
@@ -79,6 +81,8 @@ def run(
                 _log.exception("the model cannot be served")
             channel.send(Failed(str(error)))
             return
+        gc.collect()  # for the reason that `midstream.serve.run.freeze` gives
+        gc.freeze()
         answer(channel, serving)
 
 
@@ -260,14 +264,17 @@ class Batching(BatchingAttachment):
 
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
         with self._telling:
+            at, free = ended or time.monotonic(), self.monitor.free_slots
             told: list[Left | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
+                if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
+                    self._channel.send(Step(at, 0, None, free, told))
+                    told = []
             if told or ended is not None:
                 rows = 0 if judge_seconds is None else self._rows
-                free = self.monitor.free_slots
-                self._channel.send(Step(ended or time.monotonic(), rows, judge_seconds, free, told))
+                self._channel.send(Step(at, rows, judge_seconds, free, told))
 
     def _encode(self, asked: Submit) -> list[int]:
         prompt: Any = asked.prompt
