@@ -294,10 +294,12 @@ def test_replays_are_exact(page):
         report = judged(policy, logits, prompt, positions)
         assert report.trace.position == positions
         response = list(range(prompt, positions[-1] + 1))
-        left = released(report, response, policy)
+        unfed = [positions[-1] + 1] * (positions[-1] >= prompt and rng.random() < 0.3)
+        left = released(report, response + unfed, policy)
         expected.append([report.trace.verdict, report.halted_at, len(left)])
         tier = policy.tiers["moderate"].model_dump(mode="json")
         cases.append({"positions": positions, "risks": risks, "prompt": prompt, "tier": "moderate",
+                      "newest": (response + unfed or [prompt - 1])[-1],
                       "ended": True, "gapsAreUnscored": True, "policy": {
                           "tiers": {"moderate": tier}, "hold_back": base["hold_back"],
                           "on_unscored": base["on_unscored"]}})  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from midstream.commands.options import BundleOption, Model, Tier
 
 if TYPE_CHECKING:
     from midstream.serve.settings import Settings
+
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
@@ -24,36 +25,66 @@ SettingsFile = Annotated[
     Path | None,
     typer.Option("--settings", help="YAML file of limits; docs/serve.md has the list."),
 ]
+Name = Annotated[
+    list[str] | None,
+    typer.Option(help="Name that clients ask for; the folder's when not given. Repeatable."),
+]
+Slots = Annotated[int, typer.Option(min=1, help="Streams written at a time.")]
+Page = Annotated[
+    Literal["off", "scores", "text"],
+    typer.Option("--page", help="The live page at /: none, without text, with it."),
+]
+Audit = Annotated[
+    Path | None, typer.Option(help="Folder of the audit log; none is kept when not given.")
+]
+AuditText = Annotated[bool, typer.Option("--audit-text", help="Log prompts and responses, too.")]
+AuditSync = Annotated[
+    Literal["always", "every-second", "never"],
+    typer.Option(help="When the disk is made to take the log: docs/audit.md."),
+]
+OnAuditFailure = Annotated[
+    Literal["serve", "refuse"], typer.Option(help="What to do while the log cannot be written.")
+]
+Otel = Annotated[
+    str | None, typer.Option(help="Collector of OpenTelemetry, as http://localhost:4318.")
+]
 
 
 def serve(
     model: Model = None,
     bundle: BundleOption = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(help="Name that clients ask for; the folder's when not given. Repeatable."),
-    ] = None,
+    name: Name = None,
     tier: Tier = None,
-    slots: Annotated[int, typer.Option(min=1, help="Streams written at a time.")] = 64,
+    slots: Slots = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that wait for a slot.")] = 256,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_keys: ApiKeys = None,
     drain: Drain = 30.0,
     settings: SettingsFile = None,
+    page: Page = "scores",
+    audit: Audit = None,
+    audit_text: AuditText = False,
+    audit_sync: AuditSync = "every-second",
+    on_audit_failure: OnAuditFailure = "serve",
+    otel: Otel = None,
 ) -> None:
-    """Serve a model and its bundle, or the testbed's, as OpenAI's API."""
-    from midstream.serve.app import create_app
+    """Serve a model and its bundle, or the testbed's, as OpenAI's API.
+
+    At SIGHUP the bundle is read again; at SIGTERM streams may end before the server does.
+    """
+    if model is not None and bundle is None:
+        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    from midstream.serve.assemble import Watch, assemble
     from midstream.serve.feed import Feed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
 
-    if model is not None and bundle is None:
-        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
     limits = read_settings(settings)
     keys = Keys() if api_keys is None else Keys.load(api_keys)
     log_to_stderr()
+
     feed = Feed()
     engine = LocalEngine(
         feed,
@@ -64,8 +95,23 @@ def serve(
         slots=slots,
         max_waiting=max_waiting,
     )
-    app = create_app(engine, feed, limits, keys=keys)
-    run(app, host=host, port=port, drain=drain, start=engine.start)
+    watch = Watch(
+        page=page,
+        audit=audit,
+        audit_text=audit_text,
+        audit_sync=audit_sync,
+        audit_on_failure=on_audit_failure,
+        otel=otel,
+    )
+    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
+    run(
+        app,
+        host=host,
+        port=port,
+        drain=drain,
+        start=engine.start,
+        reload=lambda: engine.reload(bundle),
+    )
 
 
 def read_settings(path: Path | None) -> Settings:

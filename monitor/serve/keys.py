@@ -58,8 +58,12 @@ class Keys:
                 f"{path}: keys must be in a plain file that only its owner can read; "
                 f"its mode is {stat.S_IMODE(mode):04o}, try `chmod 600`"
             )
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise KeyFileError(f"{path}: expected text in UTF-8, of name:key lines") from None
         keys: dict[str, str] = {}
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             name, _, key = (part.strip() for part in line.partition(":"))

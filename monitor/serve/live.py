@@ -111,13 +111,15 @@ class Live(Observer):
         self._close_ups: dict[int, _Close] = {}
         self._watching = 0
         self._ticker: asyncio.Task[None] | None = None
-        self._closed = False
+        self._stopping = self._closed = False
 
     # ------------------------------------------------------------------ what is observed
 
     def opened(self, stream: Opened) -> None:
         """Keep it."""
         self._number += 1
+        if stream.bundle not in self._bundles:  # now: after a reload it may not be known any more
+            self._bundles[stream.bundle] = _facts(self._bundle_of(stream.bundle))
         record = Record(
             self._number, stream, keeps_text=self._text, hold_back=self._hold_back(stream.bundle)
         )
@@ -158,6 +160,8 @@ class Live(Observer):
         notice = {"at": time.time(), "kind": kind[:60], "facts": ", ".join(told)[:300]}
         self._notices.append(notice)
         self._noticed += 1
+        # Pages see the last streams end; then they go, or the server would wait for them.
+        self._stopping |= kind == "stopping"
 
     def stats(self, stats: EngineStats) -> None:
         """Keep how full the engine is."""
@@ -245,6 +249,8 @@ class Live(Observer):
                 self._tell()
                 for close_up in tuple(self._close_ups.values()):
                     self._tell_closely(close_up)
+                if self._stopping and not self._open:
+                    self.close()
             except Exception:
                 _log.exception("the page was not told")
 
@@ -303,8 +309,8 @@ class Live(Observer):
         self._halts_changed = True
         if event.type == "error":
             self._counts["errors"] += 1
-        elif event.report is not None:
-            self._counts["unscored"] += event.report.unscored
+        else:
+            self._counts["unscored"] += event.delivered_unscored or 0
 
     def _keep_bounds(self) -> None:
         while self._numbered and (
@@ -326,16 +332,13 @@ class Live(Observer):
 
     def _hold_back(self, digest: str) -> int:
         """Tokens a client stays behind; 1 for whole turns, whose pieces have no position."""
-        bundle = self._bundle_of(digest)
-        depth = "turn" if bundle is None else bundle.policy.hold_back
-        return 1 if depth == "turn" else depth
+        depth = (self._bundles[digest] or {}).get("hold_back", 1)
+        return depth if isinstance(depth, int) else 1
 
     def _known_bundles(self) -> dict[str, dict[str, Any] | None]:
         """What the page needs of the bundles that kept streams are judged by."""
         used = {record.opened.bundle for record in self._numbered.values()}
-        self._bundles = {
-            digest: self._bundles.get(digest) or _facts(self._bundle_of(digest)) for digest in used
-        }
+        self._bundles = {digest: self._bundles[digest] for digest in used}
         return self._bundles
 
 

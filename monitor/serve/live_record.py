@@ -41,6 +41,7 @@ class Record:
         "_keeps_text",
         "_left",
         "cause",
+        "delivered",
         "ended",
         "halted_at",
         "lasted",
@@ -72,6 +73,7 @@ class Record:
         self.peak = 0.0
         self.lasted: float | None = None
         self.report: dict[str, Any] | None = None
+        self.delivered: int | None = None
         self.positions = array("i")
         self.risks = array("f")
         """NaN where a token was not judged."""
@@ -121,6 +123,7 @@ class Record:
     def changes(self) -> dict[str, Any]:
         """What of its row can change; ``spark`` holds the risks that were not told yet."""
         first, last = self._left or (0, -1)
+        left = last - first + 1 if self.delivered is None else self.delivered
         return {
             "n": self.number,
             "state": self.state,
@@ -129,7 +132,7 @@ class Record:
             "cause": self.cause,
             "risk": self.risk,
             "peak": self.peak,
-            "left": last - first + 1,
+            "left": left,
             "halted_at": self.halted_at,
             "spark": self._spark(self.spark_told),
         }
@@ -189,6 +192,7 @@ class Record:
         self.state, self.ended, self.reason = state, True, event.message
         self.spark_told = 0  # the whole line once more, with what was not told of held tokens
         self.lasted = time.monotonic() - self.opened.clock
+        self.delivered = event.delivered
 
     def _finish(self, report: StreamReport) -> None:
         """Put what the monitor recorded in place of what the events told of the same tokens."""

@@ -105,7 +105,7 @@ def cache_tokens(plan: Plan, model: Any) -> int:
     return min(plan.slots * (window(model) or _ROOMY), _ROOMY)
 
 
-def build(channel: Channel, plan: Plan) -> Serving:
+def build(channel: Channel, plan: Plan) -> Batching:
     """Load the model, and put the monitor on it."""
     bundle, model, tokenizer = loaded(plan)
     monitor = Monitor(bundle, slots=plan.slots, rows=plan.batch_tokens, device=plan.device)
@@ -115,10 +115,10 @@ def build(channel: Channel, plan: Plan) -> Serving:
         max_batch_tokens=plan.batch_tokens,
         allow_block_sharing=not any(probe.reads == "prompt" for probe in bundle.bank.probes),
     )
-    return Serving(channel, monitor, model, tokenizer, tier=plan.tier, batching=batching)
+    return Batching(channel, monitor, model, tokenizer, tier=plan.tier, batching=batching)
 
 
-def answer(channel: Channel, serving: Serving) -> None:
+def answer(channel: Channel, serving: Batching) -> None:
     """Do what the messages ask for, until there are no more."""
     channel.send(serving.ready)
     for message in channel:
@@ -134,7 +134,7 @@ def answer(channel: Channel, serving: Serving) -> None:
                     request.closely = on
 
 
-class Serving(BatchingAttachment):
+class Batching(BatchingAttachment):
     """Continuous batching whose events leave over a channel, one message per step.
 
     Parameters
@@ -164,6 +164,9 @@ class Serving(BatchingAttachment):
         self._channel = channel
         self._told: deque[tuple[_Reader, Item]] = deque()
         self._telling = threading.Lock()
+        self._streaming: dict[
+            str, Request
+        ] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
 
     @property
@@ -186,7 +189,7 @@ class Serving(BatchingAttachment):
                 )
             reader = _Reader(self, asked.stream, self._sampling.with_asked(asked.sampling))
             with self._telling:  # nothing is told of it before it was accepted
-                self.submit(
+                reader.request = self.submit(
                     ids,
                     max_new_tokens=asked.max_tokens,
                     tier=asked.tier,
@@ -194,6 +197,7 @@ class Serving(BatchingAttachment):
                     request_id=asked.stream,
                     reader=reader,
                 )
+                self._streaming[asked.stream] = reader.request
                 self._channel.send(Accepted(asked.stream, len(ids)))
             return None
         except ApiError as error:
@@ -209,11 +213,15 @@ class Serving(BatchingAttachment):
 
     def find(self, stream: str) -> Request | None:
         """Return the request of a stream that has not ended."""
-        return self._requests.get(stream)
+        return self._streaming.get(stream)
 
     def tell(self, reader: _Reader, item: Item) -> None:
         """Put into the next message; from any thread."""
         self._told.append((reader, item))
+
+    def forget(self, stream: str) -> None:
+        """It has ended."""
+        del self._streaming[stream]
 
     def before_step(self) -> None:
         """Tell which streams ended with the step before."""
@@ -232,9 +240,10 @@ class Serving(BatchingAttachment):
 
     def after_step(self) -> None:
         """Tell what may leave."""
-        ended, begun = time.monotonic(), perf_counter()
+        begun = perf_counter()
         super().after_step()
-        self._flush(ended, self._judge_seconds + perf_counter() - begun)
+        judge_seconds = self._judge_seconds + perf_counter() - begun
+        self._flush(time.monotonic(), judge_seconds)
 
     def stopped(self) -> None:
         """Tell that everything has ended; hang up, where nobody asked for it."""
@@ -291,13 +300,14 @@ class _Reader:
 
     Parameters
     ----------
-    serving : Serving
+    serving : Batching
     stream : str
     sampling : Sampling
     """
 
-    def __init__(self, serving: Serving, stream: str, sampling: Sampling) -> None:
+    def __init__(self, serving: Batching, stream: str, sampling: Sampling) -> None:
         self.sampling = sampling
+        self.request: Request | None = None
         self._serving = serving
         self._stream = stream
         self._text = Text(serving.tokenizer)
@@ -309,10 +319,13 @@ class _Reader:
     def told(self, item: Item) -> list[Left | Event]:
         """What goes to the server."""
         if item is None:
+            self._serving.forget(self._stream)
             return []
         if isinstance(item, Released):
-            text = self._text.add(item.tokens)
-            return [Left(self._stream, len(item.tokens), item.position, item.risk, text)]
+            assert self.request is not None
+            unscored = self.request.session.hold_back.released_unscored
+            text, count = self._text.add(item.tokens), len(item.tokens)
+            return [Left(self._stream, count, item.position, item.risk, text, unscored)]
         if item.type == "error":
             return [item.model_copy(update={"message": FAILED})]
         if item.type == "halted":

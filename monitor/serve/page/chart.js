@@ -47,8 +47,11 @@ export class RiskChart {
       }
     }
     for (const at of ticks(this.from, this.to, this.wide / 90)) {
+      if (x(at) < LEFT + 12) continue; // where "token" stands
       axis.append(svg("text", { x: x(at), y: height - 4, class: "middle" }, String(at)));
     }
+
+    axis.append(svg("text", { x: LEFT - 6, y: height - 4, class: "end" }, "token"));
 
     const marks = svg("g", { class: "marks" });
     for (const [from, to] of what.holds) {
@@ -78,7 +81,8 @@ export class RiskChart {
     const curve = svg("path", { class: "curve", d: path(positions, risks, x, y) });
     const halt = (at, className, text, kind) => {
       marks.append(svg("line", { class: className, x1: x(at), x2: x(at), y1: y(1), y2: y(0) }));
-      const end = x(at) > LEFT + this.wide * 0.6;
+      const crowded = kind === "else" && what.haltedAt !== null && x(what.haltedAt) - x(at) < 100;
+      const end = x(at) > LEFT + this.wide * 0.6 || (crowded && x(at) > LEFT + 100);
       marks.append(svg("text", { x: x(at) + (end ? -6 : 6), y: kind === "else" ? y(1) + 14 : y(1) - 4,
         class: `${kind} ${end ? "end" : ""}`, "text-anchor": end ? "end" : "start" }, text));
     };

@@ -76,6 +76,7 @@ export class Detail {
     if (!this.stream || this.stream.n !== row?.n || this.stream.ended) return;
     const { state, reason, cause, risk, peak, left, halted_at } = row;
     Object.assign(this.stream, { state, reason, cause, risk, peak, left, halted_at });
+    this.curve.newest = this.curve.prompt + left - 1;
     this.head();
   }
 
@@ -89,10 +90,12 @@ export class Detail {
     const prompt = stream.report?.prompt_tokens;
     const begin = prompt === undefined ? 0 : stream.positions.findIndex((at) => at >= prompt - 1);
     const from = begin < 0 ? stream.positions.length : begin;
+    const first = prompt ?? stream.positions[0] ?? 0;
     this.curve = {
       positions: stream.positions.slice(from),
       risks: stream.risks.slice(from),
-      prompt: prompt ?? (stream.positions[0] ?? 0),
+      prompt: first,
+      newest: first + stream.left - 1,
       gapsAreUnscored: stream.report !== null,
       ended: stream.ended && stream.state === "finished",
       tier: stream.tier,
@@ -190,8 +193,7 @@ export class Detail {
       setText($("level-value"), this.level === null ? String(level) : level.toFixed(3));
       $("level-reset").disabled = this.level === null;
       if (this.level !== null) found = replay(curve, policy, level);
-      const left = this.upTo ?? curve.prompt - 1;
-      setText($("replay-result"), outcome(stream, left, found, policy));
+      setText($("replay-result"), outcome(stream, curve.newest, found, policy));
     }
     for (const token of $("text").querySelectorAll("span[data-to]")) {
       token.classList.toggle("stays", found !== null && Number(token.dataset.to) > found.left);

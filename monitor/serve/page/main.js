@@ -79,7 +79,7 @@ function drawHeader() {
     ["in flight", String(numbers.open)],
     ["held", String(numbers.held)],
     ...(engine ? [["slots", `${engine.used} of ${engine.slots}`], ["waiting", String(engine.waiting)]] : []),
-    ["tokens unscored", String(counts.unscored), counts.unscored ? "alarm" : ""],
+    ["unscored tokens", String(counts.unscored), counts.unscored ? "alarm" : ""],
     ["refused", String(counts.refused)],
     ["errors", String(counts.errors), counts.errors ? "alarm" : ""],
     ...(counts.not_kept ? [["not shown", String(counts.not_kept), "alarm"]] : []),

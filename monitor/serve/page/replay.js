@@ -2,7 +2,8 @@
 // level, so this is exact for every token that was judged; the rules are those of the kernels
 // (reference_advance.py) and of holdback.py, with which tests compare it.
 
-// points: positions and risks (null where a token was not judged), ascending, of one stream.
+// A stream: positions and risks (null where a token was not judged), ascending; prompt, how many
+// of the positions it has; ended, whether by itself.
 // levels: halt_at, hold_at, release_at (null where there are none), as the policy has them.
 // Gaps in a report's positions are tokens without a score; in a stream in flight they are tokens
 // of which nothing was told yet.
@@ -40,8 +41,10 @@ export function judge({ positions, risks, prompt, gapsAreUnscored }, levels, onU
   return verdicts;
 }
 
-// Position of the last token that leaves; prompt - 1 where none does.
-export function lastLeft({ positions, prompt }, verdicts, holdBack, onUnscored, ended) {
+// Position of the last token that leaves; prompt - 1 where none does. newest is the position of
+// the last token that is known to have been sampled.
+export function lastLeft(stream, verdicts, holdBack, onUnscored) {
+  const { positions, prompt, ended, newest } = stream;
   let left = prompt - 1;
   let verdict = "CONTINUE";
   for (let i = 0; i < positions.length; i++) {
@@ -52,8 +55,10 @@ export function lastLeft({ positions, prompt }, verdicts, holdBack, onUnscored, 
       left = Math.max(left, positions[i] - holdBack + 1);
     }
   }
-  const last = positions.at(-1) ?? prompt - 1;
-  return ended && verdict === "CONTINUE" ? Math.max(left, last) : left;
+  if (!ended || verdict !== "CONTINUE") return left;
+  // Tokens that were sampled last and never fed leave unjudged, where the policy says so.
+  const unfed = onUnscored === "pass" ? newest : prompt - 1;
+  return Math.max(left, positions.at(-1) ?? prompt - 1, unfed);
 }
 
 // Both at once, for one halting level.
@@ -63,6 +68,6 @@ export function replay(stream, policy, haltAt) {
   const halt = verdicts.indexOf("HALT");
   return {
     haltedAt: halt < 0 ? null : stream.positions[halt],
-    left: lastLeft(stream, verdicts, policy.hold_back, policy.on_unscored, stream.ended),
+    left: lastLeft(stream, verdicts, policy.hold_back, policy.on_unscored),
   };
 }
