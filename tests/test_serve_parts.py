@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
 from typing import Any
@@ -198,7 +199,7 @@ def reciting_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             layer.mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size, 260))
         model.lm_head.weight.zero_()
-        for this, following in zip(chain, chain[1:], strict=False):
+        for this, following in itertools.pairwise(chain):
             model.lm_head.weight[following, this] = 9.0
     model.generation_config.do_sample = False
     return model.eval()
