@@ -247,7 +247,7 @@ def test_a_character_that_the_limit_cuts_is_told_at_the_end(reciting: House) -> 
 
 
 def test_a_chat_without_a_template_is_refused_and_named(reciting: House) -> None:
-    with pytest.raises(ApiError, match="no chat template.*send a prompt") as refused:
+    with pytest.raises(ApiError, match=r"no chat template.*send a prompt") as refused:
         reciting.run(reciting.engine.submit(ask(0, model="reciter")))
     error = refused.value
     assert (error.status, error.code, error.param) == (400, "no_chat_template", "messages")
