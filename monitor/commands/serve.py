@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -68,6 +69,10 @@ def serve(
     audit_sync: AuditSync = "every-second",
     on_audit_failure: OnAuditFailure = "serve",
     otel: Otel = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(help="Turn gate: ledger of conversations, as redis://host or a SQLite file."),
+    ] = None,
 ) -> None:
     """Serve a model and its bundle, or the testbed's, as OpenAI's API.
 
@@ -75,8 +80,10 @@ def serve(
     """
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    from midstream.bundle import Bundle
+    from midstream.ledger.open import open_ledger
     from midstream.serve.assemble import Watch, assemble
-    from midstream.serve.feed import Feed
+    from midstream.serve.gated import GatedEngine, HeldFeed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
@@ -85,7 +92,7 @@ def serve(
     keys = Keys() if api_keys is None else Keys.load(api_keys)
     log_to_stderr()
 
-    feed = Feed()
+    feed = HeldFeed()
     engine = LocalEngine(
         feed,
         model=model,
@@ -103,15 +110,18 @@ def serve(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
-    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
-    run(
-        app,
-        host=host,
-        port=port,
-        drain=drain,
-        start=engine.start,
-        reload=lambda: engine.reload(bundle),
-    )
+    gated, reload = None, partial(engine.reload, bundle)
+    if ledger is not None:
+        if bundle is None:
+            raise typer.BadParameter(
+                "--ledger needs the --bundle that `midstream gate fit` wrote: the testbed's has no "
+                "turn model"
+            )
+        gated = GatedEngine(engine, feed, Bundle.load(bundle), open_ledger(ledger))
+        reload = partial(gated.reload, bundle)
+        limits = limits.model_copy(update={"conversations": True})
+    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch, gated=gated)
+    run(app, host=host, port=port, drain=drain, start=engine.start, reload=reload)
 
 
 def read_settings(path: Path | None) -> Settings:

@@ -62,7 +62,13 @@ class Watch:
 
 
 def assemble(
-    engine: LocallyJudged, feed: Feed, *, settings: Settings, keys: Keys, watch: Watch
+    engine: LocallyJudged,
+    feed: Feed,
+    *,
+    settings: Settings,
+    keys: Keys,
+    watch: Watch,
+    gated: Engine | None = None,
 ) -> FastAPI:
     """Build the application around an engine that was not started yet.
 
@@ -72,6 +78,8 @@ def assemble(
     feed : Feed
         What the engine tells; those who look on are added.
     settings, keys, watch
+    gated : Engine, optional
+        A turn gate around the engine.
 
     Raises
     ------
@@ -95,7 +103,7 @@ def assemble(
         from midstream.serve.tracing import Tracing
 
         feed.add(Tracing.to_collector(watch.otel))
-    served: Engine = engine
+    served = gated or engine
     if watch.audit is not None:
         from midstream.serve.audit import AuditLog
         from midstream.serve.audited import AuditedEngine
@@ -107,5 +115,5 @@ def assemble(
             on_failure=watch.audit_on_failure,
         )
         feed.add(log)
-        served = AuditedEngine(engine, log)
+        served = AuditedEngine(served, log)
     return create_app(served, feed, settings, routers=routers, keys=keys)
