@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
 from typing import Any
@@ -198,7 +199,7 @@ def reciting_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             layer.mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size, 260))
         model.lm_head.weight.zero_()
-        for this, following in zip(chain, chain[1:], strict=False):
+        for this, following in itertools.pairwise(chain):
             model.lm_head.weight[following, this] = 9.0
     model.generation_config.do_sample = False
     return model.eval()
@@ -246,7 +247,7 @@ def test_a_character_that_the_limit_cuts_is_told_at_the_end(reciting: House) -> 
 
 
 def test_a_chat_without_a_template_is_refused_and_named(reciting: House) -> None:
-    with pytest.raises(ApiError, match="no chat template.*send a prompt") as refused:
+    with pytest.raises(ApiError, match=r"no chat template.*send a prompt") as refused:
         reciting.run(reciting.engine.submit(ask(0, model="reciter")))
     error = refused.value
     assert (error.status, error.code, error.param) == (400, "no_chat_template", "messages")

@@ -292,7 +292,7 @@ class LocalEngine:
 
     def _failed(self, ending: str, failure: str | None) -> float:
         """No worker serves: say so; return the seconds until another is started."""
-        wait = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
+        wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
         self._failures += 1
         self._unready, self._retry_after = f"{ending}; another is started", wait
         _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
