@@ -91,12 +91,14 @@ def check_numbers(files: list[Path]) -> int:
     return sum(following.values())
 
 
-def measured(folder: Path, sync: Sync, rounds: int, seed: int) -> dict[str, Any]:
+def measured(
+    folder: Path, sync: Sync, rounds: int, seed: int, longest: float = 0.6
+) -> dict[str, Any]:
     rng = random.Random(seed)
     seconds, lost, lost_of_written, beyond, torn = 0.0, 0, 0, 0, 0
     already = 0  # files that no writer touches any more
     for writer in range(rounds):
-        life = rng.uniform(0.0, 0.6)
+        life = rng.uniform(0.0, longest)
         acknowledged, written = killed(folder, sync, writer, life)
         files = files_in(folder)[already:]
         found = verify(files)
