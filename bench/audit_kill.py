@@ -34,9 +34,10 @@ from midstream.serve.audit import AuditLog
 from midstream.serve.audit_file import Sync, files_in
 from midstream.serve.audit_read import files_of, read, verify
 
-# One process imports, the others are forks of it.
+# One process imports, the others are forks of it. Of what is not installed, such as this file,
+# Python 3.11 preloads nothing, without a word.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["audit_kill"])
+CONTEXT.set_forkserver_preload(["midstream.serve.audit"])
 
 THREADS = 4
 MAX_BYTES = 1 << 20  # so that some are killed between two files
