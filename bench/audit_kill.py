@@ -105,7 +105,8 @@ def measured(folder: Path, sync: Sync, rounds: int, seed: int) -> dict[str, Any]
         there = 0 if found.last is None else found.last + 1
         lost += max(0, acknowledged - there)
         lost_of_written += max(0, written - there)
-        beyond = max(beyond, there - acknowledged)
+        if acknowledged:  # else it was killed before it told
+            beyond = max(beyond, there - acknowledged)
         torn += found.torn_bytes > 0
         seconds += life
         already += len(files) - 1

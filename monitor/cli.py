@@ -18,11 +18,13 @@ from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
 from midstream.commands.evaluate import evaluate
 from midstream.commands.inspect import inspect
+from midstream.commands.proxy import proxy
 from midstream.commands.record import record
 from midstream.commands.replay import replay
 from midstream.commands.score import score
+from midstream.commands.serve import serve
 from midstream.commands.train import train
-from midstream.commands.vllm import serve
+from midstream.commands.vllm import serve as serve_vllm
 from midstream.commands.watch import watch
 
 app = typer.Typer(
@@ -33,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (demo, watch, score, collect, train, evaluate, record, replay, inspect, doctor)
+COMMANDS = (
+    demo, watch, serve, proxy, score, collect, train, evaluate, record, replay, inspect, doctor,
+)  # fmt: skip
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "chain": (
         "The absorbing chain: fit it, look at it, see how well it forecasts, and where to stop.",
@@ -66,7 +70,7 @@ for group, (purpose, commands) in GROUPS.items():
 vllm_app = typer.Typer(help="The monitor inside vLLM.", no_args_is_help=True)
 vllm_app.command(
     "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(serve)
+)(serve_vllm)
 app.add_typer(vllm_app, name="vllm")
 
 

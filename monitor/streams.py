@@ -244,7 +244,7 @@ class Session(Generic[T]):
         self,
         position: int,
         verdict: Verdict,
-        risk: float,
+        risk: float | None,
         cause: str | None = None,
         *,
         scored: bool = True,

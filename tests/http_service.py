@@ -19,7 +19,7 @@ TEXT = {"model": "testbed", "prompt": "The urn"}
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 LONG_LIVED = {"pieces": ["x"] * 4096, "risks": [0.1] * 4096, "delay": 0.01}
 LONG = {"stream": True, "max_tokens": 4096}  # of a request for that
-PATIENCE = 30.0  # seconds; against hanging, never a measure
+PATIENCE = 60.0  # seconds; against hanging, never a measure
 
 
 class Draining(ScriptedEngine):
@@ -86,6 +86,9 @@ class Service:
                 thread.join(PATIENCE)
             assert not thread.is_alive()
 
+    def wait_for_streams(self, count):
+        wait_for(lambda: len(self.engine.streams) >= count)
+
     def settled(self):
         """Wait until nothing is being answered any more."""
         wait_for(lambda: self.front.admission.count == 0)
@@ -95,6 +98,10 @@ class Address:
     def __init__(self, host, port):
         self.host, self.port = host, port
         self.url = f"http://{host}:{port}"
+
+    def pause(self, seconds):
+        """What a slow client does."""
+        threading.Event().wait(seconds)
 
     def connect(self, receive_buffer=None):
         sock = socket.socket()

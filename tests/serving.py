@@ -63,6 +63,19 @@ class House:
 
         return self.runner.run(bounded())
 
+    def settled(self) -> Any:
+        """Wait until no slot is taken; return what was told then."""
+
+        async def wait() -> Any:
+            before = len(self.seen.told_stats)
+            while True:
+                told = self.seen.told_stats[before:]
+                if told and not told[-1].slots_used:
+                    return told[-1]
+                await asyncio.sleep(0.05)
+
+        return self.run(wait())
+
     def close(self, drain: float = 10.0) -> None:
         self.run(self.engine.close(drain))
         self.runner.close()
@@ -100,3 +113,7 @@ async def answer(engine: Any, asked: Ask) -> tuple[Any, list[Event]]:
 
 def text_of(events: list[Event]) -> str:
     return "".join(event.text or "" for event in events if event.type == "released")
+
+
+def ended(events: list[Event]) -> bool:
+    return bool(events) and events[-1].type in ("finished", "error")

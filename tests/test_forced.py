@@ -268,8 +268,6 @@ def bpe(split: bool) -> PreTrainedTokenizerFast:
 def grown(tokenizer: Tokenizer, parts: Sequence[str], before: str = "") -> tuple[Any, GrowingText]:
     text = GrowingText(tokenizer, before)
     pieces = [piece for part in parts for piece in text.push(part)]
-    waiting = len("".join(parts)) - sum(len(piece.text) for piece in pieces)
-    assert waiting <= LONGEST + 1
     return pieces + text.finish(), text
 
 
@@ -317,10 +315,14 @@ def test_the_testbeds_words(parts: list[str]) -> None:
     assert [piece.token for piece in pieces] == want
 
 
-def test_text_without_white_space_waits_no_longer_than_it_must() -> None:
+@pytest.mark.parametrize("sample", [*SAMPLES, "xy" * 500, "\n" * 500])
+def test_text_without_blanks_waits_no_longer_than_it_must(sample: str) -> None:
     text = GrowingText(literal(bpe(True)))
-    given_out = [sum(len(p.text) for p in text.push("xy")) for _ in range(100)]
-    assert sum(given_out) >= 200 - 40
+    for character in sample:
+        text.push(character)
+        assert len(text.rest) <= LONGEST
+    if sample.startswith("xy"):
+        assert len(text.rest) < 40
 
 
 def test_a_prompt_does_not_swallow_the_text() -> None:
@@ -343,6 +345,7 @@ def test_what_leaves_is_what_came_up_to_the_bad_word() -> None:
     ]  # fmt: skip
     last = events[-1]
     assert (last.message, last.verdict, last.cause) == ("content_filter", "HALT", "bad")
+    assert (last.delivered, last.delivered_unscored) == (2, 0)
     assert last.report is not None
     assert (last.report.halted_at, last.report.prompt_tokens) == (5, 3)
     assert forced.monitor.free_slots == 8
@@ -424,6 +427,7 @@ def test_or_passes_unscored_and_says_so(hold_back: Any) -> None:
     report = events[-1].report
     assert report is not None
     assert (report.scored, report.unscored, report.finish_reason) == (7, 13, "stop")
+    assert (events[-1].delivered, events[-1].delivered_unscored) == (20, 13)
 
 
 def test_a_stream_that_is_held_at_the_windows_end_passes_nothing() -> None:
@@ -583,3 +587,29 @@ def test_refusals() -> None:
         forced.open("b", "w5")
     assert monitor.free_slots == 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.model().modules())
+
+
+def test_a_text_that_broke_off_is_judged_and_ends_with_an_error() -> None:
+    with ForcedStreams(toy_monitor(), toy.model(), toy.tokenizer()) as forced:
+        for text, kinds, left in (("w7 w8", ["error"], "w7 w8"), ("w7 bad", ["finished"], "w7")):
+            stream = forced.open("one", "w5")
+            stream.feed(text)
+            stream.finish("error", "the line went dead")
+            events = run(forced)["one"]
+            assert text_of(events) == left
+            assert [e.type for e in events if e.type in ("error", "finished")] == kinds
+        assert forced.monitor.free_slots == 8
+
+
+def test_scores_are_told_of_streams_that_are_looked_at_closely() -> None:
+    with ForcedStreams(toy_monitor(), toy.model(), toy.tokenizer()) as forced:
+        stream = forced.open("one", "w5 w6")
+        stream.feed("w7 ")
+        run(forced)
+        stream.closely = True
+        stream.feed("w8 bad ")
+        events = run(forced)["one"]
+    scored = [event for event in events if event.type == "scored"]
+    assert [event.position for event in scored] == [4, 5]
+    assert [event.verdict for event in scored] == ["CONTINUE", "HALT"]
+    assert [round(event.scores["bad"]) for event in scored if event.scores] == [-20, 20]

@@ -189,7 +189,7 @@ def test_what_was_preempted_goes_on_when_all_that_run_are_cancelled(counts: Coun
         requests = [m.submit(NEVER, max_new_tokens=35) for _ in range(3)]
         assert counts.has_preempted.wait(20)
         for request in requests:
-            if request.key not in counts.preempted:
+            if request.id not in counts.preempted:
                 request.cancel()
         for request in requests:
             response = request.result(20)
@@ -786,7 +786,7 @@ def test_many_short_requests_leave_nothing_behind() -> None:
             requests.clear()
             gc.collect()
             kept.append(sum(type(thing) in (Request, RequestState) for thing in gc.get_objects()))
-        assert [len(m._requests), len(m._names), len(m._waiting), len(m._cancelled)] == [0] * 4
+        assert [len(m._requests), len(m._waiting), len(m._cancelled)] == [0] * 3
     assert max(kept) <= 2 * 8 + 2  # those of the last step
     request.cancel()
     assert not m._cancelled
@@ -1016,6 +1016,15 @@ def test_attention_implementations(implementation: str) -> None:
         for response, ids in zip(m.generate_batch(asked), asked, strict=True):
             check(response, ids)
     assert lm.config._attn_implementation == implementation
+
+
+def test_verdicts_that_only_the_device_can_see_halt_alike() -> None:
+    """On a GPU the host does not look at them before it samples."""
+    asked = prompts(*LENGTHS)
+    with attach(monitor()) as m:
+        m._streams._on_host = False
+        seen = [check(r, ids) for r, ids in zip(m.generate_batch(asked), asked, strict=True)]
+    assert 0 < sum(seen) < len(seen)
 
 
 def test_a_manager_that_cannot_be_made_leaves_no_trace() -> None:

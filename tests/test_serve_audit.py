@@ -95,7 +95,7 @@ def test_the_records_of_a_halted_stream(tmp_path: Path) -> None:
     }  # fmt: skip
     for one in (opened, halted, finished):
         assert identity.items() <= one.items()
-    assert opened["conversation"] == conversation_key("talk 7")
+    assert opened["conversation"] == conversation_key("ada:talk 7")
     assert (halted["position"], halted["verdict"], halted["cause"]) == (6, "HALT", "sealed")
     assert halted["risk"] == pytest.approx(0.3)
     assert {

@@ -621,7 +621,7 @@ def test_large_bodies_are_refused(chunked):
 def held_open(service, address, count):
     """Streams that stay open, counted by the server."""
     socks = [address.send(CHAT | LONG) for _ in range(count)]
-    wait_for(lambda: len(service.engine.streams) >= count)
+    service.wait_for_streams(count)
     return socks
 
 
@@ -645,7 +645,7 @@ def test_a_client_that_goes_frees_its_slot(stream):
     service = Service(**LONG_LIVED)
     with service.listening() as address:
         sock = address.send(CHAT | LONG | {"stream": stream})
-        wait_for(lambda: service.engine.streams)
+        service.wait_for_streams(1)
         sock.close()
         wait_for(lambda: service.watching.events[-1].type == "finished")
         assert service.watching.events[-1].message == "cancelled"
@@ -659,7 +659,7 @@ def test_a_client_that_does_not_read_is_cut():
     )  # fmt: skip
     with service.listening() as address:
         sock = address.send(CHAT | LONG, receive_buffer=4096)
-        wait_for(lambda: service.engine.streams)
+        service.wait_for_streams(1)
         service.settled()
         assert b"[DONE]" not in read_all(sock)
         assert b"[DONE]" in read_all_of(address, CHAT | {"stream": True, "max_tokens": 2})

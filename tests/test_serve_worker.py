@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import serving
+import torch
 import transformers
-from serving import House, answer, ask, text_of
+from serving import House, answer, ask, ended, events_of, text_of
 
 from midstream import testbed
 from midstream.engines.hf import manager as seams
 from midstream.serve.errors import ApiError
+from midstream.serve.serving import LocalStream
 
 pytestmark = pytest.mark.skipif(
     not transformers.__version__.startswith(f"{seams.VERSION}."),
@@ -86,3 +91,121 @@ def test_what_cannot_be_served_is_refused_with_a_code(house: House) -> None:
         assert (error.status, error.code, error.param) == (status, code, param), options
         assert "Traceback" not in error.message
     assert house.run(answer(house.engine, ask(3)))[1][-1].type == "finished"
+
+
+def test_whoever_looks_closely_is_told_every_token(house: House) -> None:
+    async def look() -> Any:
+        stream = await house.engine.submit(ask(1))
+        other = await house.engine.submit(ask(2))
+        house.engine.look_closely(stream.ask.stream, True)
+        told = await asyncio.gather(events_of(stream), events_of(other))
+        house.engine.look_closely(stream.ask.stream, False)  # it has ended: without effect
+        return told
+
+    events, others = house.run(look())
+    scored = [event for event in events if event.type == "scored"]
+    trace = events[-1].report.trace
+    recorded = {
+        at: (trace.risk[i], trace.verdict[i], {name: z[i] for name, z in trace.scores.items()})
+        for i, at in enumerate(trace.position)
+    }
+    # it was asked for when the first steps may have been done already
+    assert len(scored) > events[-1].report.scored - events[-1].report.prompt_tokens - 12
+    for event in scored:
+        assert (event.risk, event.verdict, event.scores) == recorded[event.position]
+    assert "scored" not in {event.type for event in others}
+
+
+def test_more_than_may_wait_are_told_to_come_back(house: House) -> None:
+    async def crowd() -> Any:
+        asked = (answer(house.engine, ask(i)) for i in range(20))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    told = house.run(crowd())
+    refused = [error for error in told if isinstance(error, ApiError)]
+    served = [one for one in told if not isinstance(one, BaseException)]
+    assert len(refused) == 20 - (4 + 8)  # slots, and max_waiting
+    assert {(e.status, e.code, e.retry_after) for e in refused} == {(429, "too_many_requests", 1.0)}
+    assert all(events[-1].type == "finished" for _, events in served)
+
+
+def test_a_client_that_never_reads_keeps_nobody_waiting(house: House) -> None:
+    async def leave_unread() -> Any:
+        streams = [await house.engine.submit(ask(i)) for i in range(8)]
+        await answer(house.engine, ask(9))  # waits behind them for a slot
+        while not all(ended(house.seen.streams[s.ask.stream]) for s in streams):
+            await asyncio.sleep(0.01)
+        return [(stream, await events_of(stream)) for stream in streams]
+
+    for stream, events in house.run(leave_unread()):
+        assert house.seen.streams[stream.ask.stream] == events
+
+
+def test_temperature_zero_is_what_generate_writes_greedily(house: House) -> None:
+    model, tokenizer = testbed.load()
+    for index in range(4):
+        prompt = testbed.sample_prompt(0, index)
+        ids = torch.tensor([prompt.ids])
+        want = model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
+        asked = ask(index, max_tokens=40, tier="loose", sampling={"temperature": 0.0})
+        stream, events = house.run(answer(house.engine, asked))
+        whole = tokenizer.decode(want, skip_special_tokens=True)
+        assert stream.completion_tokens
+        assert whole.startswith(text_of(events))
+        if events[-1].message != "content_filter":
+            assert text_of(events) == whole
+
+
+def test_a_stricter_tier_may_be_asked_for_and_is_judged_by(house: House) -> None:
+    _, events = house.run(answer(house.engine, ask(1, tier="strict")))
+    assert events[-1].report.tier == "strict"
+    assert house.seen.openings[events[0].stream].tier == "strict"
+
+
+def test_the_prompt_may_be_ids(house: House) -> None:
+    prompt = testbed.sample_prompt(0, 3)
+    stream, events = house.run(answer(house.engine, ask(prompt=prompt.ids)))
+    assert stream.prompt_tokens == len(prompt.ids)
+    assert events[-1].type == "finished"
+
+
+def test_one_who_does_not_wait_for_the_answer_leaves_nothing_behind(house: House) -> None:
+    async def impatient() -> str:
+        asked = ask(1, max_tokens=400)
+        waits = asyncio.create_task(house.engine.submit(asked))
+        await asyncio.sleep(0)
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        while not ended(house.seen.streams.get(asked.stream, [])):
+            await asyncio.sleep(0.01)
+        return asked.stream
+
+    stream = house.run(impatient())
+    assert house.seen.streams[stream][-1].message == "cancelled"
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps = itertools.cycle([1e9, -1e9, 0.0])
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + next(jumps))
+    told = [house.run(answer(house.engine, ask(i))) for i in range(3)]
+    assert all(events[-1].type == "finished" for _, events in told)
+    assert house.engine.unready is None
+
+
+def test_how_full_it_is_is_told_and_nothing_is_left_of_streams_that_ended(house: House) -> None:
+    """Comes last: after all of the above."""
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is LocalStream]
+    stats = house.settled()
+    assert (stats.slots, stats.slots_used, stats.waiting) == (4, 0, 0)
+    told = house.seen.told_stats
+    scored = sum(e[-1].report.scored for e in house.seen.streams.values() if e[-1].report)
+    assert sum(s.judged_rows for s in told) >= scored > 0
+    assert any(s.judge_seconds for s in told)
+    assert all(0 < seconds < 60 for s in told for seconds in s.judge_seconds)
+    assert house.seen.notices[0][0] == "started"
+    assert len(house.seen.notices) == 1

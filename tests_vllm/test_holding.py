@@ -12,7 +12,6 @@ from vllm.v1.outputs import LogprobsLists
 from midstream import testbed
 from midstream.engines.vllm.frontend import stop_reason
 from midstream.engines.vllm.scheduler import MonitoredScheduler, _Held
-from midstream.engines.vllm.watch import Judgement
 from midstream.kernels.tables import Verdict
 from midstream.streams import Session
 
@@ -28,7 +27,7 @@ def sent(verdicts, tokens, finish=None, **policy):
     scheduler._held = {"r": _Held(Session("r", held_back, "0" * 64), 99, {})}
     outputs = []
     for step, (verdict, token) in enumerate(zip(verdicts, tokens, strict=True)):
-        scheduler._judgements = {"r": Judgement(PROMPT - 1 + step, verdict, 0.5, None)}
+        scheduler._judgements = {"r": (PROMPT - 1 + step, verdict, 0.5, None)}
         event = EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, float(step))
         row = np.array([[float(token or 0)]], dtype=np.float32)
         output = EngineCoreOutput(
@@ -86,7 +85,7 @@ def test_a_stream_that_ends_held_is_told_as_filtered():
         (PROMPT - 1, GO, 10, None),
         (PROMPT, HOLD, 2, FinishReason.STOP),
     ):
-        scheduler._judgements = {"r": Judgement(position, verdict, 0.5, None)}
+        scheduler._judgements = {"r": (position, verdict, 0.5, None)}
         output = EngineCoreOutput("r", [token], finish_reason=finish)
         sends = scheduler._lets_go(output)
     assert sends

@@ -27,7 +27,7 @@ from midstream.engines.vllm.halting import HaltingProcessor
 from midstream.engines.vllm.model import attach_taps
 from midstream.engines.vllm.runner_v2 import AuxiliaryRunner
 from midstream.engines.vllm.settings import PROCESSOR, UnsupportedEngineError
-from midstream.engines.vllm.watch import JUDGEMENTS, Judgement, Watch
+from midstream.engines.vllm.watch import JUDGEMENTS, Watch
 from midstream.engines.vllm.worker import _JudgedLater
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
@@ -164,8 +164,8 @@ def test_the_newer_runner_halts_by_its_own_batch():
         context = LogitsContext(*[None] * 7)
         logits = processor.apply(torch.ones(2, 180), context)
         assert torch.equal(logits[0], torch.ones(180))
-    assert judged["r0"].verdict != Verdict.HALT
-    assert judged["r1"].verdict == Verdict.HALT
+    assert judged["r0"][1] != Verdict.HALT
+    assert judged["r1"][1] == Verdict.HALT
     assert logits[1].argmax() == 2
     runner.execute_model_state.aux_hidden_states = None
     with pytest.raises(UnsupportedEngineError, match="returned 0 auxiliary hidden states"):
@@ -217,7 +217,7 @@ def test_judgements_wait_for_an_output_that_is_on_its_way():
         def get_output(self):
             return ModelRunnerOutput(req_ids=["r"], req_id_to_index={"r": 0})
 
-    judgement = Judgement(3, Verdict.CONTINUE, 0.1, None)
+    judgement = (3, Verdict.CONTINUE, 0.1, None)
     output = _JudgedLater(Later(), lambda: {"r": judgement}).get_output()
     assert getattr(output, JUDGEMENTS) == {"r": judgement}
 

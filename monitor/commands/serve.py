@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +13,7 @@ from midstream.commands.options import BundleOption, Model, Tier
 
 if TYPE_CHECKING:
     from midstream.serve.settings import Settings
+
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
@@ -24,37 +26,73 @@ SettingsFile = Annotated[
     Path | None,
     typer.Option("--settings", help="YAML file of limits; docs/serve.md has the list."),
 ]
+Name = Annotated[
+    list[str] | None,
+    typer.Option(help="Name that clients ask for; the folder's when not given. Repeatable."),
+]
+Slots = Annotated[int, typer.Option(min=1, help="Streams written at a time.")]
+Page = Annotated[
+    Literal["off", "scores", "text"],
+    typer.Option("--page", help="The live page at /: none, without text, with it."),
+]
+Audit = Annotated[
+    Path | None, typer.Option(help="Folder of the audit log; none is kept when not given.")
+]
+AuditText = Annotated[bool, typer.Option("--audit-text", help="Log prompts and responses, too.")]
+AuditSync = Annotated[
+    Literal["always", "every-second", "never"],
+    typer.Option(help="When the disk is made to take the log: docs/audit.md."),
+]
+OnAuditFailure = Annotated[
+    Literal["serve", "refuse"], typer.Option(help="What to do while the log cannot be written.")
+]
+Otel = Annotated[
+    str | None, typer.Option(help="Collector of OpenTelemetry, as http://localhost:4318.")
+]
 
 
 def serve(
     model: Model = None,
     bundle: BundleOption = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(help="Name that clients ask for; the folder's when not given. Repeatable."),
-    ] = None,
+    name: Name = None,
     tier: Tier = None,
-    slots: Annotated[int, typer.Option(min=1, help="Streams written at a time.")] = 64,
+    slots: Slots = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that wait for a slot.")] = 256,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_keys: ApiKeys = None,
     drain: Drain = 30.0,
     settings: SettingsFile = None,
+    page: Page = "scores",
+    audit: Audit = None,
+    audit_text: AuditText = False,
+    audit_sync: AuditSync = "every-second",
+    on_audit_failure: OnAuditFailure = "serve",
+    otel: Otel = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(help="Turn gate: ledger of conversations, as redis://host or a SQLite file."),
+    ] = None,
 ) -> None:
-    """Serve a model and its bundle, or the testbed's, as OpenAI's API."""
-    from midstream.serve.app import create_app
-    from midstream.serve.feed import Feed
+    """Serve a model and its bundle, or the testbed's, as OpenAI's API.
+
+    At SIGHUP the bundle is read again; at SIGTERM streams may end before the server does.
+    """
+    if model is not None and bundle is None:
+        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    from midstream.bundle import Bundle
+    from midstream.ledger.open import open_ledger
+    from midstream.serve.assemble import Watch, assemble
+    from midstream.serve.gated import GatedEngine, HeldFeed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
 
-    if model is not None and bundle is None:
-        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
     limits = read_settings(settings)
     keys = Keys() if api_keys is None else Keys.load(api_keys)
     log_to_stderr()
-    feed = Feed()
+
+    feed = HeldFeed()
     engine = LocalEngine(
         feed,
         model=model,
@@ -64,8 +102,26 @@ def serve(
         slots=slots,
         max_waiting=max_waiting,
     )
-    app = create_app(engine, feed, limits, keys=keys)
-    run(app, host=host, port=port, drain=drain, start=engine.start)
+    watch = Watch(
+        page=page,
+        audit=audit,
+        audit_text=audit_text,
+        audit_sync=audit_sync,
+        audit_on_failure=on_audit_failure,
+        otel=otel,
+    )
+    gated, reload = None, partial(engine.reload, bundle)
+    if ledger is not None:
+        if bundle is None:
+            raise typer.BadParameter(
+                "--ledger needs the --bundle that `midstream gate fit` wrote: the testbed's has no "
+                "turn model"
+            )
+        gated = GatedEngine(engine, feed, Bundle.load(bundle), open_ledger(ledger))
+        reload = partial(gated.reload, bundle)
+        limits = limits.model_copy(update={"conversations": True})
+    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch, gated=gated)
+    run(app, host=host, port=port, drain=drain, start=engine.start, reload=reload)
 
 
 def read_settings(path: Path | None) -> Settings:

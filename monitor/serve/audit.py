@@ -115,7 +115,7 @@ class AuditLog(Observer):
         ask = stream.ask
         self._given[ask.stream] = _Given()
         facts = _identity(stream) | {
-            "conversation": ask.conversation and conversation_key(ask.conversation),
+            "conversation": ask.conversation_id and conversation_key(ask.conversation_id),
             "max_tokens": ask.max_tokens,
         }
         if self._text:

@@ -96,9 +96,7 @@ class ChannelProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Of asyncio."""
-        self._transport = cast(
-            asyncio.WriteTransport, transport
-        )  # uvloop's does not derive from it
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         """Of asyncio."""
@@ -116,6 +114,6 @@ class ChannelProtocol(asyncio.Protocol):
             self._transport.write(_framed(message))
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, also where the other end does not read what waits to be sent."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()

@@ -30,7 +30,9 @@ class Ask:
     sampling : mapping
         ``temperature``, ``top_p`` and ``top_k``, as far as given.
     conversation : str, optional
-        What the turn gate keeps its ledger under.
+        Named by the client.
+    prior : tuple of float, optional
+        Belief of the token chain to start from, after the turns before (`midstream.serve.gated`).
     client : str
         Name of the API key, empty where the server asks for none.
     body : mapping
@@ -47,8 +49,15 @@ class Ask:
     tier: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
     conversation: str | None = None
+    prior: tuple[float, ...] | None = None
     client: str = ""
     body: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversation_id(self) -> str | None:
+        """What the turn gate keeps its ledger under: no client reaches another's conversations."""
+        return None if self.conversation is None else f"{self.client}:{self.conversation}"
+
     trace: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -92,9 +92,13 @@ class Feed(Observer):
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
-        self._observers = tuple(observers)
+        self._observers = list(observers)
         self.failures = 0
         """Calls that an observer did not take."""
+
+    def add(self, observer: Observer) -> None:
+        """Let one more look on, from now."""
+        self._observers.append(observer)
 
     def opened(self, stream: Opened) -> None:
         """Hand on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -74,12 +75,11 @@ def answer(channel: Channel, reading: Reading) -> None:
 
     threading.Thread(target=listen, name="midstream-listen", daemon=True).start()
     while True:
-        try:
+        with suppress(Empty):
             while (message := inbox.get(block=not reading.busy)) is not None:
                 reading.take(message)
             return
-        except Empty:
-            reading.tell()
+        reading.tell()
 
 
 class Reading(ForcedStreams):
@@ -144,10 +144,10 @@ class Reading(ForcedStreams):
         if told or self.rows:
             self._channel.send(Step(time.monotonic(), self.rows, seconds, free, told))
         for name, known in self._read.items():
-            stream = self.find(name)
-            if stream is not None and stream.read - known >= READ_EVERY:
-                self._read[name] = stream.read
-                self._channel.send(Read(name, stream.read))
+            open_one = self.find(name)
+            if open_one is not None and open_one.read - known >= READ_EVERY:
+                self._read[name] = open_one.read
+                self._channel.send(Read(name, open_one.read))
 
     def _feed(self, stream: ForcedStream, text: str) -> None:
         try:
@@ -157,8 +157,10 @@ class Reading(ForcedStreams):
             self.fail(stream, f"the text could not be split into tokens: {type(error).__name__}")
 
     def _leaving(self, stream: ForcedStream, event: Event) -> Left:
-        tokens, self._left[stream.id] = stream.left - self._left[stream.id], stream.left
-        return Left(stream.id, tokens, event.position, event.risk, event.text or "")
+        before, count = self._left[stream.id], stream.delivered
+        self._left[stream.id] = count["delivered"]
+        tokens, unscored = count["delivered"] - before, count["delivered_unscored"]
+        return Left(stream.id, tokens, event.position, event.risk, event.text or "", unscored)
 
     def _submit(self, asked: Submit) -> None:
         try:
@@ -171,7 +173,7 @@ class Reading(ForcedStreams):
 
     def _opened(self, asked: Submit) -> ForcedStream:
         prompt: Any = asked.prompt if asked.messages is None else asked.messages
-        return self.open(asked.stream, prompt, tier=asked.tier or self._tier)
+        return self.open(asked.stream, prompt, tier=asked.tier or self._tier, prior=asked.prior)
 
 
 def _refusal(error: Exception, asked: Submit) -> tuple[int, str, str, str | None]:

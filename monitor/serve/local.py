@@ -17,7 +17,7 @@ from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import EngineStats, Feed
 from midstream.serve.messages import Look, Plan
-from midstream.serve.serving import LocalStream, Main, Serving, unavailable
+from midstream.serve.serving import Judged, LocalStream, Main, Serving, unavailable
 from midstream.serve.workers import WorkerError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ STATS_EVERY = 1.0  # seconds
 BACK_OFF = 0.5  # seconds before the first restart; doubled with each that fails
 LONGEST_BACK_OFF = 30.0
 STEADY = 60.0  # seconds after which a worker's end has nothing to do with the one before
-CUT = 5.0  # seconds for streams that are cut to say so
+CUT = 2.0  # seconds for streams that are cut to say so
 
 
 class ReloadError(ValueError):
@@ -107,9 +107,11 @@ class LocalEngine:
         self._main = main
         self._serving: Serving | None = None
         self._draining: set[Serving] = set()
+        self._judged = Judged()
         self._changing = asyncio.Lock()
         self._unready: str | None = "it was not started"
         self._retry_after: float | None = None
+        self._bundle: Bundle | None = None
         self._closing = False
         self._failures = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -125,6 +127,11 @@ class LocalEngine:
         """Why it takes no requests now; None when it does."""
         return self._unready
 
+    @property
+    def bundle(self) -> Bundle | None:
+        """What new streams are judged by; None before it was started."""
+        return self._bundle
+
     async def start(self) -> None:
         """Load the bundle, start the worker and wait until it serves.
 
@@ -137,10 +144,9 @@ class LocalEngine:
         self._unready = "the model is being loaded"
         bundle = await asyncio.to_thread(self._load, self._bundle_folder)
         async with self._changing:
-            await self._install(bundle)
+            serving = await self._install(bundle)
         self._stats = asyncio.get_running_loop().create_task(self._tell_stats())
-        assert self._serving is not None
-        self.feed.notice("started", {"bundle": bundle.hash, "pid": self._serving.worker.pid})
+        self.feed.notice("started", {"bundle": bundle.hash, "pid": serving.worker.pid})
 
     async def submit(self, ask: Ask) -> LocalStream:
         """Begin a response.
@@ -152,7 +158,7 @@ class LocalEngine:
         """
         serving = self._serving
         if self._unready is not None or serving is None or serving.ready is None:
-            raise unavailable(self._unready or "no worker", self._retry_after)
+            raise unavailable(self._retry_after)
         if ask.model not in self._names:
             raise ApiError(
                 404,
@@ -185,7 +191,7 @@ class LocalEngine:
             if stream in serving.streams:
                 serving.worker.send(Look(stream, on))
 
-    async def reload(self, folder: str | Path) -> str:
+    async def reload(self, folder: str | Path | None) -> str:
         """Judge streams from now on by another bundle; return its hash.
 
         A second worker is started with it. Until that serves, and if it cannot, nothing changes;
@@ -207,7 +213,7 @@ class LocalEngine:
             async with self._changing:
                 bundle = await asyncio.to_thread(self._load, folder)
                 old = self._serving
-                await self._install(bundle)
+                serving = await self._install(bundle)
                 if old is not None:
                     self._drain(old)
         except (ReloadError, BundleError, WorkerError, OSError) as error:
@@ -215,7 +221,8 @@ class LocalEngine:
             self.feed.notice("reload_refused", {"bundle": before, "reason": str(error)})
             raise ReloadError(str(error)) from error
         _log.info("reloaded: bundle %s, after %s", bundle.hash, before)
-        self.feed.notice("reloaded", {"bundle": bundle.hash, "before": before})
+        facts = {"bundle": bundle.hash, "before": before, "pid": serving.worker.pid}
+        self.feed.notice("reloaded", facts)
         return bundle.hash
 
     async def close(self, drain: float) -> None:
@@ -248,15 +255,18 @@ class LocalEngine:
 
         return testbed.load_bundle()
 
-    async def _install(self, bundle: Bundle) -> None:
+    async def _install(self, bundle: Bundle) -> Serving:
         """Start a worker with the bundle and send new requests there; the lock is held."""
         plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
-        serving = self._serve(plan, self._main, self.feed, self._lost)
+        serving = self._serve(plan, self._main, self.feed, self._judged, self._lost)
         await serving.start()
+        if serving.ending:  # it was gone as soon as it had said that it serves
+            raise WorkerError(serving.failure or f"the model's process {serving.ending}")
         self._bundle = bundle
         self._serving = serving
         if not self._closing:
             self._unready = self._retry_after = None
+        return serving
 
     def _drain(self, serving: Serving) -> None:
         self._draining.add(serving)
@@ -276,28 +286,34 @@ class LocalEngine:
         if self._closing:
             return
         steady = time.monotonic() - serving.since > STEADY
-        self._failures = 0 if steady else self._failures + 1
-        self._spawn(self._restart(f"the model's process ended: {serving.reason}"))
+        self._failures = 0 if steady else self._failures
+        wait = self._failed(f"the model's process {serving.ending}", serving.failure)
+        self._spawn(self._restart(wait))
 
-    async def _restart(self, reason: str) -> None:
-        while not self._closing:
-            wait = min(BACK_OFF * 2 ** max(0, self._failures - 1), LONGEST_BACK_OFF)
-            self._unready = f"{reason}; another is started"
-            self._retry_after = wait
-            _log.error("%s; another is started in %g s", reason, wait)
-            self.feed.notice("worker_lost", {"reason": reason, "restart_after": wait})
+    def _failed(self, ending: str, failure: str | None) -> float:
+        """No worker serves: say so; return the seconds until another is started."""
+        wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
+        self._failures += 1
+        self._unready, self._retry_after = f"{ending}; another is started", wait
+        _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
+        facts = {"ending": ending, "failure": failure, "restart_after": wait}
+        self.feed.notice("worker_lost", facts)
+        return wait
+
+    async def _restart(self, wait: float) -> None:
+        assert self._bundle is not None  # it ran before
+        while True:
             await asyncio.sleep(wait)
             try:
                 async with self._changing:
                     if self._closing or self._serving is not None:  # a reload was quicker
                         return
-                    await self._install(self._bundle)
+                    serving = await self._install(self._bundle)
             except (WorkerError, OSError) as error:
-                self._failures += 1
-                reason = str(error)
+                wait = self._failed("the model's process could not start", str(error))
                 continue
-            _log.info("restarted")
-            self.feed.notice("restarted", {"bundle": self._bundle.hash})
+            facts = {"bundle": self._bundle.hash, "pid": serving.worker.pid}
+            self.feed.notice("worker_restarted", facts)
             return
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -311,17 +327,14 @@ class LocalEngine:
             live = self._live
             used = sum(self._slots - serving.free_slots for serving in live)
             streams = sum(len(serving.streams) for serving in live)
-            rows = sum(serving.rows for serving in live)
-            seconds = tuple(s for serving in live for s in serving.judge_seconds)
-            for serving in live:
-                serving.rows, serving.judge_seconds = 0, []
+            rows, seconds = self._judged.take()
             self.feed.stats(
                 EngineStats(
                     slots=self._slots * len(live),
                     slots_used=used,
                     waiting=max(0, streams - used),
                     judged_rows=rows,
-                    judge_seconds=seconds,
+                    judge_seconds=tuple(seconds),
                 )
             )
 

@@ -56,6 +56,7 @@ class Submit(NamedTuple):
     max_tokens: int
     tier: str | None
     sampling: Mapping[str, float]
+    prior: tuple[float, ...] | None
 
 
 class Cancel(NamedTuple):
@@ -107,13 +108,17 @@ class Refused(NamedTuple):
 
 
 class Left(NamedTuple):
-    """Tokens that may leave, and the characters that are complete with them."""
+    """Tokens that may leave, and the characters that are complete with them.
+
+    ``unscored`` counts those without a score among all that have left of the stream.
+    """
 
     stream: str
     tokens: int
     position: int | None
     risk: float | None
     text: str
+    unscored: int = 0
 
 
 class Step(NamedTuple):
@@ -122,7 +127,7 @@ class Step(NamedTuple):
     Attributes
     ----------
     ended : float
-        `time.monotonic` when the last forward pass had been sampled from.
+        `time.monotonic` when the last forward pass had been sampled from and judged.
     rows : int
         Rows folded.
     judge_seconds : float, optional

@@ -123,7 +123,7 @@ class Metrics(Observer):
         self._notices.add(kind)
         if kind in ("reloaded", "reload_refused"):
             self._reloads.add("done" if kind == "reloaded" else "refused")
-        if kind == "worker_restarted":
+        if kind == "restarted":
             self._restarts.inc()
         if "bundle" in facts and kind in ("started", "reloaded"):
             self._runs(str(facts["bundle"]))

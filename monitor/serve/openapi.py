@@ -30,6 +30,12 @@ _REFUSALS = {
     503: "Not ready, or shutting down; Retry-After says when to try again.",
     504: "The response took too long.",
 }
+_EVENT = {
+    "description": "A chunk, or an error object; the last event's data is [DONE].",
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 
 
 class ErrorFacts(BaseModel):
@@ -149,7 +155,7 @@ def _complete(found: dict[str, Any], models: Sequence[str], settings: Settings) 
                 responses[str(status)] = _response("Error", _REFUSALS[status])
             operation["responses"] = responses
             if path in _BODIES:
-                responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                responses["200"]["content"]["text/event-stream"] = {"itemSchema": _EVENT}
                 body = {"schema": {"$ref": _REFS.format(model=_BODIES[path].__name__)}}
                 operation["requestBody"] = {
                     "required": True,

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import from_json
 
 from midstream.policy import TierName
@@ -13,10 +21,29 @@ from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.settings import Settings
 
+
+def _integral(value: Any) -> Any:
+    """In JSON 3.0 is an integer, too."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise ValueError("expected false")
+    return value
+
+
 _Zero = Annotated[float, Field(ge=0, le=0)]
+_Integral = BeforeValidator(_integral)
+_Count = Annotated[int, Field(ge=1), _Integral]
+_One = Annotated[int, Field(ge=1, le=1), _Integral]
+_No = Annotated[
+    bool, AfterValidator(_refuse_true), WithJsonSchema({"type": "boolean", "const": False})
+]  # Literal[False] takes 0
 _Nothing = Annotated[list[Any], Field(max_length=0)]
 
 MAX_STOPS = 4
+_LARGEST_ID = (1 << 31) - 1
 _STRINGS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
 
 
@@ -45,8 +72,10 @@ def _joined(content: Any) -> str:
 def _prompt(prompt: Any) -> str | tuple[int, ...]:
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(prompt, list) and prompt and all(type(i) is int and i >= 0 for i in prompt):
-        return tuple(prompt)
+    if isinstance(prompt, list) and prompt:
+        ids = tuple(_integral(token) for token in prompt)
+        if all(type(token) is int and 0 <= token <= _LARGEST_ID for token in ids):
+            return ids
     raise ValueError("expected one text, or one list of token ids, that is not empty")
 
 
@@ -74,6 +103,7 @@ Content = Annotated[
         {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
     ),
 ]
+_TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": _LARGEST_ID}
 PromptText = Annotated[
     str | tuple[int, ...],
     BeforeValidator(_prompt),
@@ -81,7 +111,7 @@ PromptText = Annotated[
         {
             "anyOf": [
                 {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                {"type": "array", "items": _TOKEN_ID, "minItems": 1},
             ]
         }
     ),
@@ -141,7 +171,7 @@ class PlainText(_Strict):
 # Parameters of OpenAI's API that are not served are declared with the values that ask for nothing,
 # since many clients send those. Any fault in one of them is `unsupported_parameter`.
 class _Unserved(_Strict):
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: _One | None = None
     seed: None = None
     frequency_penalty: _Zero | None = None
     presence_penalty: _Zero | None = None
@@ -149,7 +179,7 @@ class _Unserved(_Strict):
 
 
 class _UnservedOfChat(_Strict):
-    logprobs: Literal[False] | None = None
+    logprobs: _No | None = None
     top_logprobs: None = None
     tools: _Nothing | None = None
     tool_choice: Literal["none"] | None = None
@@ -161,23 +191,23 @@ class _UnservedOfChat(_Strict):
     modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
     prediction: None = None
     reasoning_effort: None = None
-    store: Literal[False] | None = None
+    store: _No | None = None
     web_search_options: None = None
 
 
 class _UnservedOfText(_Strict):
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
+    best_of: _One | None = None
+    echo: _No | None = None
     logprobs: None = None
     suffix: None = None
 
 
 class _Request(_Unserved):
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1 << 20), _Integral] | None = None
     stop: Stops = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -222,7 +252,7 @@ class ChatRequest(_Request, _UnservedOfChat):
     """Body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: _Count | None = None
 
     def _limit(self) -> int | None:
         # Both say "at most", so that the smaller one honours both.

@@ -30,15 +30,20 @@ Main = Callable[[Channel, Any], None]
 
 
 class LocalStream:
-    """One response; see `midstream.serve.engine.Stream`."""
+    """One response; see `midstream.serve.engine.Stream`.
+
+    What nobody reads waits here, a response at most; nothing else waits for the reader.
+    """
 
     def __init__(self, ask: Ask, serving: Serving) -> None:
         self.ask = ask
+        self.serving = serving
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.unscored = 0
+        """Of these, those without a score."""
         self.opened: Opened | None = None
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._serving = serving
         self._events: deque[Event] = deque()
         self._reader: asyncio.Future[None] | None = None
 
@@ -55,13 +60,36 @@ class LocalStream:
 
     def cancel(self) -> None:
         """Free its slot before the next step."""
-        self._serving.worker.send(Cancel(self.ask.stream))
+        self.send(Cancel(self.ask.stream))
+
+    def send(self, message: Any) -> None:
+        """Send a message about it to its worker."""
+        self.serving.send(message)
 
     def put(self, event: Event) -> None:
         """Let the reader have an event."""
         self._events.append(event)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+class Judged:
+    """What was judged, by whatever worker, since it was last asked for."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._seconds: list[float] = []
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Count a step."""
+        self._rows += rows
+        self._seconds.append(seconds)
+
+    def take(self) -> tuple[int, list[float]]:
+        """Rows, and the seconds that each step took; count anew."""
+        rows, seconds = self._rows, self._seconds
+        self._rows, self._seconds = 0, []
+        return rows, seconds
 
 
 class Serving:
@@ -73,26 +101,34 @@ class Serving:
     main : callable
         What runs in the process.
     feed : Feed
+    judged : Judged
     lost : callable
-        Called with this and a reason when the process is gone.
+        Called with this when the process is gone and its streams were told.
     """
 
-    def __init__(self, plan: Plan, main: Main, feed: Feed, lost: Callable[[Serving], None]) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        main: Main,
+        feed: Feed,
+        judged: Judged,
+        lost: Callable[[Serving], None],
+    ) -> None:
         self.streams: dict[str, LocalStream] = {}
         self.ready: Ready | None = None
-        self.reason: str | None = None
-        """Why it is gone."""
+        self.failure: str | None = None
+        """What it said before it ended; for the log."""
+        self.ending = ""
+        """How it ended; for everybody."""
         self.since = 0.0
         self.free_slots = 0
-        self.rows = 0
-        self.judge_seconds: list[float] = []
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.idle = asyncio.Event()
         """Set while there are no streams."""
         self.idle.set()
         self.worker = Worker(main, plan, self._received, self._ended)
-        self._feed, self._lost = feed, lost
+        self._feed, self._judged, self._lost = feed, judged, lost
+        self._untold: deque[tuple[Opened, Event]] = deque()
 
     async def start(self) -> None:
         """Start it and wait until it serves.
@@ -109,12 +145,24 @@ class Serving:
             raise
         self.since = time.monotonic()
 
+    def send(self, message: Any) -> None:
+        """Send a message about a stream; without effect once the worker is gone."""
+        self.worker.send(message)
+
     async def submit(self, ask: Ask) -> LocalStream:
         """Send a request, and wait until it was accepted."""
         stream = self.streams[ask.stream] = LocalStream(ask, self)
         self.idle.clear()
         self.worker.send(
-            Submit(ask.stream, ask.messages, ask.prompt, ask.max_tokens, ask.tier, ask.sampling)
+            Submit(
+                ask.stream,
+                ask.messages,
+                ask.prompt,
+                ask.max_tokens,
+                ask.tier,
+                ask.sampling,
+                ask.prior,
+            )
         )
         try:
             await asyncio.shield(stream.accepted)
@@ -127,9 +175,8 @@ class Serving:
         match message:
             case Step():
                 self.free_slots = message.free_slots
-                self.rows += message.rows
                 if message.judge_seconds is not None:
-                    self.judge_seconds.append(message.judge_seconds)
+                    self._judged.add(message.rows, message.judge_seconds)
                 for told in message.told:
                     self._tell(told)
             case Accepted(name, prompt_tokens):
@@ -148,13 +195,14 @@ class Serving:
                 self.ready, self.free_slots = message, message.slots
                 self.started.set_result(None)
             case Failed(reason):
-                self.reason = reason
+                self.failure = reason
 
     def _tell(self, told: Left | Event) -> None:
         stream = self.streams[told.stream]
         assert stream.opened is not None
         if isinstance(told, Left):
             stream.completion_tokens += told.tokens
+            stream.unscored = told.unscored
             if not told.text:  # a character that is not whole yet
                 return
             event = Event(
@@ -167,10 +215,19 @@ class Serving:
             )
         else:
             event = told
-        self._feed.event(stream.opened, event)
         stream.put(event)
+        if not self._untold:
+            # Two turns of the loop on, when the clients of all streams have what came with this
+            # step: a token is not to wait for those who look on.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._tell_feed)
+        self._untold.append((stream.opened, event))
         if event.type in ("finished", "error"):
             self._forget(told.stream)
+
+    def _tell_feed(self) -> None:
+        while self._untold:
+            self._feed.event(*self._untold.popleft())
 
     def _forget(self, name: str) -> LocalStream:
         stream = self.streams.pop(name)
@@ -178,24 +235,32 @@ class Serving:
             self.idle.set()
         return stream
 
-    def _ended(self, reason: str) -> None:
-        self.reason = self.reason or reason
+    def _ended(self, how: str) -> None:
+        self.ending = how if self.failure is None else "failed"
         if not self.started.done():
-            self.started.set_exception(WorkerError(f"the model cannot be served: {self.reason}"))
+            self.started.set_exception(WorkerError(self.failure or f"the model's process {how}"))
             self.started.exception()
         for name, stream in list(self.streams.items()):
             if stream.opened is None:
                 self._forget(name)
-                stream.accepted.set_exception(unavailable("the model's process ended", 1.0))
+                stream.accepted.set_exception(unavailable(1.0))
                 stream.accepted.exception()
-            else:
-                told = "the model's process ended while it wrote this response; try again"
-                self._tell(
-                    Event(type="error", stream=name, bundle=stream.opened.bundle, message=told)
+                continue
+            self._tell(
+                Event(
+                    type="error",
+                    stream=name,
+                    bundle=stream.opened.bundle,
+                    message="the model's process ended while it wrote this response; try again",
+                    delivered=stream.completion_tokens,
+                    delivered_unscored=stream.unscored,
                 )
+            )
         self._lost(self)
 
 
-def unavailable(reason: str, retry_after: float | None) -> ApiError:
+def unavailable(retry_after: float | None) -> ApiError:
     """What requests are answered while no worker takes them."""
-    return ApiError(503, f"{reason}; try again later", code="unavailable", retry_after=retry_after)
+    return ApiError(
+        503, "the model is not ready; try again later", code="unavailable", retry_after=retry_after
+    )

@@ -10,8 +10,9 @@ import asyncio
 import json
 import logging
 import math
+import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ MAX_WHOLE = 8 << 20
 """Bytes of an answer that is no stream, at most."""
 MAX_TEXT = 1 << 20
 """Characters of a response, at most: what is held back waits in memory."""
+_DRAIN_SECONDS, _DRAIN_BYTES = 1.0, 1 << 16
 _MAX_REFUSAL = 1 << 16
 _LONGEST_RETRY = 3600.0
 
@@ -33,9 +35,10 @@ FINISH_REASONS = frozenset({"stop", "length", "content_filter"})
 
 # In a delta or a message, what would be an answer that has no text to judge.
 _NO_TEXT = ("tool_calls", "function_call", "audio")
-_NOTHING = (None, "", [], {})
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 _DONE = "[DONE]"
+_CODE = re.compile(r"[a-z0-9_]{1,64}")
 
 
 class UpstreamError(Exception):
@@ -174,11 +177,9 @@ class Upstream:
 class Answer:
     """An answer that has begun. `Upstream.ask` gives it."""
 
-    def __init__(
-        self, response: httpx.Response, chat: bool, between: float, max_text: int
-    ) -> None:
+    def __init__(self, response: httpx.Response, chat: bool, between: float, max_text: int) -> None:
         self._response = response
-        self._key = "delta" if chat else None
+        self._bytes = response.aiter_raw()
         self._chat = chat
         self._between = between
         self._left = max_text
@@ -206,6 +207,14 @@ class Answer:
         else:
             raise UpstreamError("the upstream's answer is neither an event stream nor JSON")
 
+    async def drain(self) -> None:
+        """Read what is behind the last part, so that the connection can be used again."""
+        with suppress(TimeoutError, httpx.HTTPError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                left = _DRAIN_BYTES
+                while left > 0 and (data := await anext(self._bytes, None)) is not None:
+                    left -= len(data)
+
     async def _streamed(self) -> AsyncIterator[Delta]:
         reader = EventStreamReader()
         try:
@@ -219,11 +228,10 @@ class Answer:
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         """Bytes as they come, each within its time."""
-        raw = self._response.aiter_raw()
         while True:
             try:
                 async with asyncio.timeout(self._between):
-                    data = await anext(raw, None)
+                    data = await anext(self._bytes, None)
             except TimeoutError:
                 raise UpstreamError(
                     f"the upstream sent nothing for {self._between:g} seconds"
@@ -268,7 +276,9 @@ class Answer:
         if choice is None:
             raise UpstreamError("the upstream's answer has no choice")
         delta = self._delta(choice, choice.get("message") if self._chat else choice)
-        return Delta(delta.text + self._whole_characters("", last=True), delta.finish_reason or "stop")
+        return Delta(
+            delta.text + self._whole_characters("", last=True), delta.finish_reason or "stop"
+        )
 
     def _delta(self, choice: Mapping[str, Any], part: Any) -> Delta:
         if not isinstance(part, dict):
@@ -282,7 +292,7 @@ class Answer:
             if found is not None and not isinstance(found, str):
                 raise UpstreamError(f"the upstream's answer is malformed: {name} is no string")
             text += found or ""
-        reason = choice.get("finish_reason")
+        reason = choice.get("finish_reason") or None
         if reason is not None and reason not in FINISH_REASONS:
             raise UpstreamError("the upstream ended for a reason that cannot be passed on")
         return Delta(self._whole_characters(text, last=reason is not None), reason)
@@ -378,8 +388,9 @@ async def _explanation(response: httpx.Response, patience: float) -> tuple[str, 
     error = error if isinstance(error, dict) else {}
     message, code = error.get("message"), error.get("code")
     text = "".join(c for c in message if c.isprintable()) if isinstance(message, str) else ""
-    fit = isinstance(code, str) and code.isascii() and code.isidentifier() and len(code) <= 64
-    return text[:500] or "it does not say why", code if fit else "upstream_refused"
+    if not isinstance(code, str) or not _CODE.fullmatch(code):
+        code = "upstream_refused"
+    return text[:500] or "it does not say why", code
 
 
 def _retry_after(value: str) -> float:

@@ -5,6 +5,7 @@ It ends when its channel does, or when the generation loop fails.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
+_AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
@@ -79,6 +81,8 @@ def run(
                 _log.exception("the model cannot be served")
             channel.send(Failed(str(error)))
             return
+        gc.collect()  # for the reason that `midstream.serve.run.freeze` gives
+        gc.freeze()
         answer(channel, serving)
 
 
@@ -105,7 +109,7 @@ def cache_tokens(plan: Plan, model: Any) -> int:
     return min(plan.slots * (window(model) or _ROOMY), _ROOMY)
 
 
-def build(channel: Channel, plan: Plan) -> Serving:
+def build(channel: Channel, plan: Plan) -> Batching:
     """Load the model, and put the monitor on it."""
     bundle, model, tokenizer = loaded(plan)
     monitor = Monitor(bundle, slots=plan.slots, rows=plan.batch_tokens, device=plan.device)
@@ -115,10 +119,10 @@ def build(channel: Channel, plan: Plan) -> Serving:
         max_batch_tokens=plan.batch_tokens,
         allow_block_sharing=not any(probe.reads == "prompt" for probe in bundle.bank.probes),
     )
-    return Serving(channel, monitor, model, tokenizer, tier=plan.tier, batching=batching)
+    return Batching(channel, monitor, model, tokenizer, tier=plan.tier, batching=batching)
 
 
-def answer(channel: Channel, serving: Serving) -> None:
+def answer(channel: Channel, serving: Batching) -> None:
     """Do what the messages ask for, until there are no more."""
     channel.send(serving.ready)
     for message in channel:
@@ -134,7 +138,7 @@ def answer(channel: Channel, serving: Serving) -> None:
                     request.closely = on
 
 
-class Serving(BatchingAttachment):
+class Batching(BatchingAttachment):
     """Continuous batching whose events leave over a channel, one message per step.
 
     Parameters
@@ -164,6 +168,9 @@ class Serving(BatchingAttachment):
         self._channel = channel
         self._told: deque[tuple[_Reader, Item]] = deque()
         self._telling = threading.Lock()
+        self._streaming: dict[
+            str, Request
+        ] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
 
     @property
@@ -186,13 +193,15 @@ class Serving(BatchingAttachment):
                 )
             reader = _Reader(self, asked.stream, self._sampling.with_asked(asked.sampling))
             with self._telling:  # nothing is told of it before it was accepted
-                self.submit(
+                reader.request = self.submit(
                     ids,
                     max_new_tokens=asked.max_tokens,
                     tier=asked.tier,
+                    prior=asked.prior,
                     request_id=asked.stream,
                     reader=reader,
                 )
+                self._streaming[asked.stream] = reader.request
                 self._channel.send(Accepted(asked.stream, len(ids)))
             return None
         except ApiError as error:
@@ -208,11 +217,15 @@ class Serving(BatchingAttachment):
 
     def find(self, stream: str) -> Request | None:
         """Return the request of a stream that has not ended."""
-        return self._requests.get(stream)
+        return self._streaming.get(stream)
 
     def tell(self, reader: _Reader, item: Item) -> None:
         """Put into the next message; from any thread."""
         self._told.append((reader, item))
+
+    def forget(self, stream: str) -> None:
+        """It has ended."""
+        del self._streaming[stream]
 
     def before_step(self) -> None:
         """Tell which streams ended with the step before."""
@@ -231,9 +244,10 @@ class Serving(BatchingAttachment):
 
     def after_step(self) -> None:
         """Tell what may leave."""
-        ended, begun = time.monotonic(), perf_counter()
+        begun = perf_counter()
         super().after_step()
-        self._flush(ended, self._judge_seconds + perf_counter() - begun)
+        judge_seconds = self._judge_seconds + perf_counter() - begun
+        self._flush(time.monotonic(), judge_seconds)
 
     def stopped(self) -> None:
         """Tell that everything has ended; hang up, where nobody asked for it."""
@@ -250,14 +264,17 @@ class Serving(BatchingAttachment):
 
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
         with self._telling:
+            at, free = ended or time.monotonic(), self.monitor.free_slots
             told: list[Left | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
+                if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
+                    self._channel.send(Step(at, 0, None, free, told))
+                    told = []
             if told or ended is not None:
                 rows = 0 if judge_seconds is None else self._rows
-                free = self.monitor.free_slots
-                self._channel.send(Step(ended or time.monotonic(), rows, judge_seconds, free, told))
+                self._channel.send(Step(at, rows, judge_seconds, free, told))
 
     def _encode(self, asked: Submit) -> list[int]:
         prompt: Any = asked.prompt
@@ -290,13 +307,14 @@ class _Reader:
 
     Parameters
     ----------
-    serving : Serving
+    serving : Batching
     stream : str
     sampling : Sampling
     """
 
-    def __init__(self, serving: Serving, stream: str, sampling: Sampling) -> None:
+    def __init__(self, serving: Batching, stream: str, sampling: Sampling) -> None:
         self.sampling = sampling
+        self.request: Request | None = None
         self._serving = serving
         self._stream = stream
         self._text = Text(serving.tokenizer)
@@ -308,10 +326,13 @@ class _Reader:
     def told(self, item: Item) -> list[Left | Event]:
         """What goes to the server."""
         if item is None:
+            self._serving.forget(self._stream)
             return []
         if isinstance(item, Released):
-            text = self._text.add(item.tokens)
-            return [Left(self._stream, len(item.tokens), item.position, item.risk, text)]
+            assert self.request is not None
+            unscored = self.request.session.hold_back.released_unscored
+            text, count = self._text.add(item.tokens), len(item.tokens)
+            return [Left(self._stream, count, item.position, item.risk, text, unscored)]
         if item.type == "error":
             return [item.model_copy(update={"message": FAILED})]
         if item.type == "halted":

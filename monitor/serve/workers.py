@@ -1,4 +1,4 @@
-"""The server's hold on one process that it started: messages, its end, its reason."""
+"""The server's hold on one process that it started: its messages, and its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from midstream.serve.channel import Channel, ChannelProtocol
 
 _SPAWN = multiprocessing.get_context("spawn")
-_PATIENCE = 5.0  # seconds in which a process that was hung up on ends by itself
+_PATIENCE = 2.0  # seconds in which a process that was hung up on ends by itself
 
 
 class WorkerError(RuntimeError):
@@ -31,8 +31,8 @@ class Worker:
     received : callable
         Given each message.
     ended : callable
-        Called once with the reason when the process is gone, whoever ended it, and all its messages
-        were handed over.
+        Called once when the process is gone, whoever ended it, and all its messages were handed
+        over; with what became of it, such as "was killed by SIGKILL".
     """
 
     def __init__(
@@ -84,20 +84,20 @@ class Worker:
 
     async def _reap(self) -> None:
         await asyncio.to_thread(self._process.join, _PATIENCE)
-        reason = _reason(self._process.exitcode)
+        how = _how(self._process.exitcode)
         if self._process.exitcode is None:
             self._process.kill()
             await asyncio.to_thread(self._process.join)
         self._gone.set()
-        self._ended(reason)
+        self._ended(how)
 
 
-def _reason(exitcode: int | None) -> str:
+def _how(exitcode: int | None) -> str:
     if exitcode is None:
-        return "it hung up and did not end"
+        return "hung up and did not end"
     if exitcode < 0:
-        return f"it was killed by {signal.Signals(-exitcode).name}"
-    return f"it ended with status {exitcode}"
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"ended with status {exitcode}"
 
 
 def _run(main: Callable[[Channel, Any], None], sock: socket.socket, plan: Any) -> None:

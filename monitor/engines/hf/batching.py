@@ -120,8 +120,7 @@ class BatchingAttachment:
         self._batching = seams.watchable(batching, model, reads_prompt=reads_prompt)
         self._attached = ExitStack()
         self._lock = threading.Lock()
-        self._requests: dict[str, Request] = {}  # by key: all that have not ended
-        self._names: set[str] = set()  # theirs
+        self._requests: dict[str, Request] = {}  # all that have not ended
         self._waiting: deque[Request] = deque()  # for a slot
         self._cancelled: deque[Request] = deque()
         self._count = self._running = 0
@@ -243,7 +242,7 @@ class BatchingAttachment:
         tier = self._tier if tier is None else self.monitor.policy.tier_for(tier)
         with self._lock:
             self._check_open()
-            if request_id in self._names:
+            if request_id in self._requests:
                 raise UnsupportedGenerationError(
                     f"request {request_id!r} is there already; choose another"
                 )
@@ -251,7 +250,6 @@ class BatchingAttachment:
             request = Request(
                 Session(name, self.monitor.policy, self.monitor.bundle.hash),
                 ids,
-                key=str(self._count),
                 limit=longest if max_new_tokens is None else min(max_new_tokens, longest),
                 tier=tier,
                 prior=prior,
@@ -261,8 +259,7 @@ class BatchingAttachment:
                 reader=reader,
             )
             self._count += 1
-            self._requests[request.key] = request
-            self._names.add(name)
+            self._requests[name] = request
             self._waiting.append(request)
             self._hand_over()
         return request
@@ -273,7 +270,7 @@ class BatchingAttachment:
         while self._cancelled:
             request = self._cancelled.popleft()
             if not request.ended:
-                self._manager.drop(request.key)
+                self._manager.drop(request.id)
                 self._end(request, "cancelled")
 
     def judge(self, scores: Tensor) -> Tensor:
@@ -315,7 +312,7 @@ class BatchingAttachment:
     def _free_name(self) -> str:
         """A name for a request that was given none; the lock is held."""
         candidates = (f"stream-{number}" for number in itertools.count(self._count))
-        return next(name for name in candidates if name not in self._names)
+        return next(name for name in candidates if name not in self._requests)
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -344,7 +341,7 @@ class BatchingAttachment:
             # one step more than asked for, in which the last token is fed and scored
             self._manager.add_request(
                 request.tokens,
-                request.key,
+                request.id,
                 max_new_tokens=request.limit + 1,
                 eos_token_id=self._ends,
                 **request.sampling,
@@ -352,7 +349,7 @@ class BatchingAttachment:
 
     def _cancel(self, request: Request) -> None:
         with self._lock:
-            if request.key not in self._requests:  # it has ended
+            if self._requests.get(request.id) is not request:  # it has ended
                 return
             if request not in self._waiting:
                 self._cancelled.append(request)  # before_step goes on from here
@@ -370,9 +367,9 @@ class BatchingAttachment:
     ) -> None:
         """Free its slot, let go what may still leave, and close it; a second time do nothing."""
         with self._lock:
-            if self._requests.pop(request.key, None) is None:
+            if self._requests.get(request.id) is not request:
                 return
-            self._names.discard(request.id)
+            del self._requests[request.id]
         if reason == "error" and self._leaving:
             reason = "cancelled"
         report = None

@@ -124,10 +124,14 @@ class ForcedStream:
         return self._received - sum(len(piece.text) for piece in self.pending)
 
     @property
-    def left(self) -> int:
-        """Tokens that have left."""
-        released = self.session.hold_back.released
-        return released if self.session.delivers_whole else released + self.passed
+    def delivered(self) -> dict[str, int]:
+        """Tokens that have left, and how many of them without a score."""
+        queue = self.session.hold_back
+        passed = 0 if self.session.delivers_whole else self.passed  # past the queue
+        return {
+            "delivered": queue.released + passed,
+            "delivered_unscored": queue.released_unscored + passed,
+        }
 
     @property
     def waits(self) -> bool:
@@ -217,7 +221,12 @@ class ForcedStreams:
         return bool(self._told) or any(stream.waits for stream in self._streams.values())
 
     def open(
-        self, stream: str, prompt: Prompt | Sequence[int], *, tier: str | None = None
+        self,
+        stream: str,
+        prompt: Prompt | Sequence[int],
+        *,
+        tier: str | None = None,
+        prior: Sequence[float] | None = None,
     ) -> ForcedStream:
         """Begin a stream.
 
@@ -227,6 +236,8 @@ class ForcedStreams:
             Labels its report and events; no other's that is open.
         prompt : str, chat messages, or sequence of int
         tier : str, optional
+        prior : sequence of float, optional
+            As for :meth:`midstream.monitor.Monitor.admit`.
 
         Raises
         ------
@@ -246,7 +257,7 @@ class ForcedStreams:
                 f"the prompt has {len(ids)} tokens, the watching model's window is {self.window}; "
                 "shorten it"
             )
-        slot = self.monitor.admit(stream, len(ids), tier, prompt=ids)
+        slot = self.monitor.admit(stream, len(ids), tier, prompt=ids, prior=prior)
         session = self.monitor.session(slot)
         opened = ForcedStream(session, slot, ids, GrowingText(self._literal, before))
         self._streams[stream] = opened
@@ -263,7 +274,8 @@ class ForcedStreams:
         Streams with few tokens waiting go together; those with more, as new ones have, in passes
         of their own, in turn with the others: no long prompt keeps them waiting for long.
         """
-        few, many = [], []
+        few: list[ForcedStream] = []
+        many: list[ForcedStream] = []
         for stream in list(self._streams.values()):
             if stream.waits and (not stream.pending or stream.fed >= self.window):
                 self._settle(stream)
@@ -287,7 +299,8 @@ class ForcedStreams:
         stream.session.hold_back.withhold()
         self.monitor.retire(stream.slot, "error", enforced=False)
         self._forget(stream)
-        self._tell(stream, stream.session.event("error", message=message))
+        facts = stream.delivered
+        self._tell(stream, stream.session.event("error", message=message, **facts))
 
     def _encoded(self, prompt: Prompt | Sequence[int]) -> tuple[str, list[int]]:
         """The prompt's text, as far as it is one, and its ids."""
@@ -384,7 +397,9 @@ class ForcedStreams:
                 facts = {"position": position, "risk": known, "verdict": Verdict(verdict).name}
                 scores = self._scores(logits[position - positions[0]])
                 self._tell(stream, session.event("scored", cause=cause, scores=scores, **facts))
-            leaving, events = session.judge(position, Verdict(verdict), known, cause)
+            leaving, events = session.judge(
+                position, Verdict(verdict), known, cause, scored=known is not None
+            )
             self._release(stream, leaving, position, known)
             self._tell(stream, *events)
             if session.phase == Phase.HALTED:
@@ -450,9 +465,10 @@ class ForcedStreams:
         self._forget(stream)
         self._release(stream, texts, None, report.risk)
         if broke:
-            self._tell(stream, session.event("error", message=stream.error))
+            self._tell(stream, session.event("error", message=stream.error, **stream.delivered))
             return
         facts = {"risk": report.risk, "verdict": report.verdict, "cause": report.cause}
+        facts |= stream.delivered
         self._tell(
             stream,
             session.event("finished", message=report.finish_reason, report=report, **facts),

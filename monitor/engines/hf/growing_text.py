@@ -70,11 +70,10 @@ class GrowingText:
     def push(self, text: str) -> list[Piece]:
         """Take more of the text; return the tokens that are final now."""
         self._tail += text
-        if len(self._tail) > LONGEST:
-            return self._split(len(self._tail))
         last = _LAST_END.search(self._tail)
         final = max(last.start() if last else 0, len(self._tail) - LOOKAHEAD)
-        return self._split(final) if final > 0 else []
+        pieces = self._split(final) if final > 0 else []
+        return pieces + self.finish() if len(self._tail) > LONGEST else pieces
 
     def finish(self) -> list[Piece]:
         """Return the tokens that are left; nothing more comes."""

@@ -94,12 +94,16 @@ class WatchedManager(ContinuousBatchingManager):
         return self.batch_processor
 
     def drop(self, request_id: str) -> None:
-        """Take a request out before the next step is scheduled. In the loop's thread only.
+        """Take a request out, at once: its name may be that of another from now on.
 
-        `cancel_request` is for other threads, and can overtake the request that it cancels.
+        In the loop's thread only. `cancel_request` is for other threads, and can overtake the
+        request that it cancels.
         """
-        scheduler = self._processor.scheduler
+        processor, scheduler = self._processor, self._processor.scheduler
+        processor._update_tp_group_state()  # takes in what still is in the queue
         scheduler.set_request_cancellation(request_id)
+        for state in scheduler.clear_cancelled_requests():
+            processor.offloading_manager.free_request_cpu_cache(state)
         # Set by a preemption, and taken back only when a request finishes: with all that run
         # dropped, those that were preempted would wait for ever.
         scheduler.block_new_requests = False

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
@@ -38,8 +39,7 @@ class Response:
     report: StreamReport | None
 
 
-@dataclass(frozen=True)
-class Released:
+class Released(NamedTuple):
     """Tokens that may leave."""
 
     tokens: list[int]
@@ -61,15 +61,14 @@ class Text:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._step = partial(DecodeStream(skip_special_tokens=True).step, self._backend)
         self._tokens: list[int] = []
         self._shown = 0  # characters
 
     def add(self, tokens: Sequence[int]) -> str:
         """Return the text that is complete with these tokens."""
         self._tokens += tokens
-        pieces = [self._decoder.step(self._backend, token) for token in tokens]
-        text = "".join(piece for piece in pieces if piece)
+        text = "".join(piece for piece in map(self._step, tokens) if piece)
         self._shown += len(text)
         return text
 
@@ -89,9 +88,6 @@ class Request:
     session : Session
         Its front end.
     prompt : sequence of int
-    key : str
-        What the generation loop calls it. Never used twice, as its name may be: a loop that is told
-        to drop a name can have been given another request under it.
     limit : int
         Tokens of the response, at most.
     tier : str
@@ -112,7 +108,6 @@ class Request:
         session: Session[int],
         prompt: Sequence[int],
         *,
-        key: str,
         limit: int,
         tier: TierName,
         prior: Sequence[float] | None,
@@ -122,7 +117,6 @@ class Request:
         reader: Callable[[Item], None] | None = None,
     ) -> None:
         self.id = session.stream
-        self.key = key
         self.session = session
         self.prompt_tokens = len(prompt)
         self.limit = limit

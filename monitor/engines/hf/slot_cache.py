@@ -30,7 +30,7 @@ class _SlotLayer(CacheLayerMixin):
     values: Tensor
 
     def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -83,7 +83,8 @@ class SlotCache(Cache):
     """
 
     def __init__(self, config: Any, slots: int, window: int) -> None:
-        super().__init__(layers=[_SlotLayer(self) for _ in range(config.num_hidden_layers)])
+        self._rows = [_SlotLayer(self) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=[*self._rows])
         self.slots = slots
         self.window = window
         self._sliding: int | None = getattr(config, "sliding_window", None)
@@ -99,13 +100,13 @@ class SlotCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held; 0 before the first pass."""
-        made = [layer for layer in self.layers if layer.is_initialized]
+        made = [layer for layer in self._rows if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in made)
 
     @torch.inference_mode()  # as the passes that made the tensors
     def clear(self, slot: int, tokens: int) -> None:
         """Forget the first ``tokens`` of a row: a NaN, masked or not, would reach its next user."""
-        for layer in self.layers:
+        for layer in self._rows:
             if layer.is_initialized:
                 layer.keys[slot, :, :tokens] = 0
                 layer.values[slot, :, :tokens] = 0

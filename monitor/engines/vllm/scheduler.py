@@ -104,7 +104,8 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         tokens, stopped = super()._update_request_with_output(
             request, new_token_ids, *args, **kwargs
         )
-        if judgement.verdict == Verdict.HALT:
+        _, verdict, _, _ = judgement
+        if verdict == Verdict.HALT:
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = self._halt_reason
             return [], True
@@ -122,8 +123,8 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
             output.new_token_ids, output.new_logprobs = [], None
             return bool(output.finished)  # ended from outside
         session = held.session
-        position, verdict = judgement.position, Verdict(judgement.verdict)
-        leaving, events = session.judge(position, verdict, judgement.risk, judgement.cause)
+        position, verdict, risk, cause = judgement
+        leaving, events = session.judge(position, Verdict(verdict), risk, cause)
         for event in events:
             if event.type == "halted":
                 logger.info("%s", event.model_dump_json(exclude_none=True))

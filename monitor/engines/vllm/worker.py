@@ -51,7 +51,8 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
         self._check_model(tokenizer)
         monitor = Monitor(
             bundle_of(config),
-            slots=_slots(config.scheduler_config),
+            # With first come, first served no request starts while a preempted one waits.
+            slots=config.scheduler_config.max_num_seqs,
             rows=config.scheduler_config.max_num_batched_tokens,
             trace=0,
             device=self.device,
@@ -117,17 +118,6 @@ class _JudgedLater(AsyncModelRunnerOutput):  # type: ignore[misc]
 def _judged(output: ModelRunnerOutput, judgements: dict[str, Judgement]) -> ModelRunnerOutput:
     setattr(output, JUDGEMENTS, judgements)
     return output
-
-
-def _slots(scheduler: Any) -> int:
-    """One for each request that can be running or preempted at a time.
-
-    First come, first served: no request starts while a preempted one waits. Only where steps are
-    scheduled ahead is one whose last step is still under way passed over, once, by new ones; it was
-    running in that step, so that those passed over are no more than those that can run.
-    """
-    running: int = scheduler.max_num_seqs
-    return 2 * running if scheduler.async_scheduling else running
 
 
 def _tokenizer(model_config: Any) -> Any:
