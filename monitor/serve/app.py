@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
@@ -31,6 +32,8 @@ from midstream.serve.sse import EventStream, leave_with_client
 _log = logging.getLogger(__name__)
 _POLLED = ("/health", "/ready")
 _access = logging.getLogger("midstream.serve.access")
+
+_TRACE = ("traceparent", "tracestate")
 
 
 def create_app(
@@ -149,7 +152,8 @@ class Front:
             self._check_model(asked.model)
             chat = kind is ChatRequest
             stream_id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-            ask = asked.ask(stream_id, client, body, self.settings)
+            trace = {name: value for name in _TRACE if (value := request.headers.get(name))}
+            ask = replace(asked.ask(stream_id, client, body, self.settings), trace=trace)
             try:
                 async with asyncio.timeout(self.settings.start_seconds):
                     stream = await self.engine.submit(ask)
