@@ -10,8 +10,6 @@ on every node. A client names its conversation in each request:
     client.chat.completions.create(..., extra_body={"midstream": {"conversation": "17"}})
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fastapi import FastAPI

@@ -42,8 +42,9 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         sock = transport.get_extra_info("socket")
         if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:
-            # The end of a response whose client stopped reading is the kernel's to give up.
-            milliseconds = int(1000 * self.settings.slow_reader_seconds)
+            # The end of a response whose client stopped reading is the kernel's to give up, later
+            # than a stream is cut, so that the log can say why.
+            milliseconds = int(3000 * self.settings.slow_reader_seconds)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._arm()
 

@@ -21,6 +21,8 @@ from midstream.serve.protocol import guarded
 
 _log = logging.getLogger(__name__)
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 GRACE = 5.0
 """Seconds beyond those for draining: for the engine to cut, and for clients to be told."""
 
@@ -190,6 +192,8 @@ def run(
     """
     sock = listen(host, port)
     server = Server(app, drain=drain, start=start, reload=reload)
+    if app.state.front.keys.open and host not in _LOOPBACK:
+        _log.warning("no API keys: whoever reaches %s may use, and see, everything", host)
     at = f"[{host}]" if ":" in host else host
     _log.info("listening on http://%s:%d", at, sock.getsockname()[1])
     try:
