@@ -90,7 +90,7 @@ def test_a_stream_halts_live_on_the_page(page, stage):
     expect(page.locator("#risk-title")).to_have_text(
         "Risk: chance that it is violated within 24 tokens"
     )
-    expect(page.locator("#halts-count")).to_have_text("1 halt of 1 ended, 10 min")
+    expect(page.locator("#halts-count")).to_have_text("1 halt of 1 ended")
     expect(page.locator("#halts-causes")).to_have_text("sealed 1")
     expect(page.locator("#announce")).to_have_text("Stream first halted: sealed")
     evidence = page.locator("#evidence figure")
@@ -269,7 +269,7 @@ def test_replays_are_exact(page):
     """The page's replay against the kernels and the hold-back queue, on streams that they judge."""
     rng = random.Random(7)
     cases, expected = [], []
-    for _ in range(60):
+    for _ in range(150):
         prompt, tokens = rng.randint(1, 5), rng.randint(1, 60)
         base = {
             "hold": rng.choice([0, 0.5, 0.8]),
@@ -278,7 +278,8 @@ def test_replays_are_exact(page):
             "hold_back": rng.choice([1, 1, 2, 4, "turn"]),
             "on_unscored": rng.choice(["pass", "hold", "halt"]),
         }
-        drift = np.cumsum([rng.gauss(0.15, 1.2) for _ in range(prompt + tokens)]) - 4
+        slope = rng.choice([0.15, -0.15])
+        drift = np.cumsum([rng.gauss(slope, 1.2) for _ in range(prompt + tokens)]) - 4
         logits = np.stack([np.full_like(drift, -60), drift.clip(-8, 6), np.zeros_like(drift)], 1)
         if rng.random() < 0.5:
             logits[rng.randrange(len(logits))] = np.nan
@@ -289,7 +290,9 @@ def test_replays_are_exact(page):
         free = base | {"on_unscored": "pass", "hold": 0}
         risks = judged(a_policy(rng, 1.0, free), logits, prompt, positions).trace.risk
         known = sorted({r for r in risks if r is not None}) or [0.5]
-        level = rng.choice([rng.choice(known), rng.uniform(0.01, 0.9)])
+        # The second is above the risk, and not in single precision, which is what counts.
+        risk = rng.choice(known)
+        level = rng.choice([risk, min(risk * (1 + 1e-9), 1.0), *rng.choices([0.2, 0.6, 0.95], k=2)])
         policy = a_policy(rng, level, base)
         report = judged(policy, logits, prompt, positions)
         assert report.trace.position == positions
@@ -321,7 +324,7 @@ def test_replays_are_exact(page):
         assert [theirs[0][i] for i in after] == [mine[0][i] for i in after], one
         assert theirs[1:] == mine[1:], one
     halted = sum(mine[1] is not None for mine in expected)
-    assert 10 < halted < 55  # both kinds are there
+    assert 10 < halted < len(cases) - 10  # both kinds are there
     assert any("HOLD" in mine[0] for mine in expected)
 
 

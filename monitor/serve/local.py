@@ -286,26 +286,31 @@ class LocalEngine:
         if self._closing:
             return
         steady = time.monotonic() - serving.since > STEADY
-        self._failures = 1 if steady else self._failures + 1
-        self._spawn(self._restart(f"the model's process {serving.ending}", serving.failure))
+        self._failures = 0 if steady else self._failures
+        wait = self._failed(f"the model's process {serving.ending}", serving.failure)
+        self._spawn(self._restart(wait))
 
-    async def _restart(self, ending: str, failure: str | None) -> None:
+    def _failed(self, ending: str, failure: str | None) -> float:
+        """No worker serves: say so; return the seconds until another is started."""
+        wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
+        self._failures += 1
+        self._unready, self._retry_after = f"{ending}; another is started", wait
+        _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
+        facts = {"ending": ending, "failure": failure, "restart_after": wait}
+        self.feed.notice("worker_lost", facts)
+        return wait
+
+    async def _restart(self, wait: float) -> None:
+        assert self._bundle is not None  # it ran before
         while True:
-            wait = min(BACK_OFF * 2 ** (self._failures - 1), LONGEST_BACK_OFF)
-            self._unready, self._retry_after = f"{ending}; another is started", wait
-            _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
-            facts = {"ending": ending, "failure": failure, "restart_after": wait}
-            self.feed.notice("worker_lost", facts)
             await asyncio.sleep(wait)
-            assert self._bundle is not None  # it ran before
             try:
                 async with self._changing:
                     if self._closing or self._serving is not None:  # a reload was quicker
                         return
                     serving = await self._install(self._bundle)
             except (WorkerError, OSError) as error:
-                self._failures += 1
-                ending, failure = "the model's process could not start", str(error)
+                wait = self._failed("the model's process could not start", str(error))
                 continue
             facts = {"bundle": self._bundle.hash, "pid": serving.worker.pid}
             self.feed.notice("worker_restarted", facts)

@@ -5,6 +5,7 @@ It ends when its channel does, or when the generation loop fails.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -36,8 +37,8 @@ from midstream.serve.messages import (
     Accepted,
     Cancel,
     Failed,
-    Left,
     Look,
+    PlainLeft,
     Plan,
     Ready,
     Refused,
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
+_AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
@@ -79,6 +81,8 @@ def run(
                 _log.exception("the model cannot be served")
             channel.send(Failed(str(error)))
             return
+        gc.collect()  # for the reason that `midstream.serve.run.freeze` gives
+        gc.freeze()
         answer(channel, serving)
 
 
@@ -120,6 +124,8 @@ def build(channel: Channel, plan: Plan) -> Batching:
 
 def answer(channel: Channel, serving: Batching) -> None:
     """Do what the messages ask for, until there are no more."""
+    gc.collect()
+    gc.freeze()  # or each full collection would look at all of torch, for a quarter of a second
     channel.send(serving.ready)
     for message in channel:
         match message:
@@ -260,14 +266,17 @@ class Batching(BatchingAttachment):
 
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
         with self._telling:
-            told: list[Left | Event] = []
+            at, free = ended or time.monotonic(), self.monitor.free_slots
+            told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
+                if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
+                    self._channel.send(Step(at, 0, None, free, told))
+                    told = []
             if told or ended is not None:
                 rows = 0 if judge_seconds is None else self._rows
-                free = self.monitor.free_slots
-                self._channel.send(Step(ended or time.monotonic(), rows, judge_seconds, free, told))
+                self._channel.send(Step(at, rows, judge_seconds, free, told))
 
     def _encode(self, asked: Submit) -> list[int]:
         prompt: Any = asked.prompt
@@ -316,7 +325,7 @@ class _Reader:
     def __call__(self, item: Item) -> None:
         self._serving.tell(self, item)
 
-    def told(self, item: Item) -> list[Left | Event]:
+    def told(self, item: Item) -> list[PlainLeft | Event]:
         """What goes to the server."""
         if item is None:
             self._serving.forget(self._stream)
@@ -325,11 +334,12 @@ class _Reader:
             assert self.request is not None
             unscored = self.request.session.hold_back.released_unscored
             text, count = self._text.add(item.tokens), len(item.tokens)
-            return [Left(self._stream, count, item.position, item.risk, text, unscored)]
+            return [(self._stream, count, item.position, item.risk, text, unscored)]
         if item.type == "error":
             return [item.model_copy(update={"message": FAILED})]
         if item.type == "halted":
             self._halted = True
         elif item.type == "finished" and not self._halted and (rest := self._text.rest()):
-            return [Left(self._stream, 0, None, item.risk or 0.0, rest), item]
+            left = (self._stream, 0, None, item.risk or 0.0, rest, item.delivered_unscored or 0)
+            return [left, item]
         return [item]

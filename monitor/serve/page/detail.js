@@ -229,7 +229,7 @@ export class Detail {
         values: probe.values.slice(stream.positions.length - this.curve.positions.length),
       }));
     drawEvidence($("evidence"), this.curve.positions, probes, stream.cause);
-    const about = "Logit of each token; the line is even odds, cut at ±8.";
+    const about = "Logit of each token; the line is even odds, cut at ±5.";
     setText($("evidence-note"), scored ? about
       : stream.ended ? "The monitor kept no scores of this stream." : "Comes with the stream's end.");
   }

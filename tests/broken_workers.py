@@ -1,0 +1,52 @@
+"""What goes wrong in a worker, for the tests; run in the worker's process, in place of its main."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from midstream.serve import worker
+from midstream.serve.channel import Channel
+
+
+def failing(flag: str, dead: str, channel: Channel, plan: Any) -> None:
+    """The forward pass fails in the middle of a batch when the one file is there, once.
+
+    While the other one is there, no worker starts.
+    """
+    if Path(dead).exists():
+        raise SystemExit(7)
+    judge = worker.Batching.judge
+
+    def broken(self: worker.Batching, scores: Any) -> Any:
+        if Path(flag).exists():
+            Path(flag).unlink()
+            raise RuntimeError("out of memory in /home/operator/secret.py")
+        return judge(self, scores)
+
+    worker.Batching.judge = broken  # type: ignore[method-assign]
+    worker.main(channel, plan)
+
+
+def pausing(flag: str, channel: Channel, plan: Any) -> None:
+    """No step begins while the file is there and some stream has written three tokens."""
+    before = worker.Batching.before_step
+
+    def waits(self: worker.Batching) -> None:
+        before(self)
+        while Path(flag).exists() and any(
+            request.response_tokens > 2 for request in list(self._requests.values())
+        ):
+            time.sleep(0.005)
+            before(self)  # what is cancelled meanwhile ends
+
+    worker.Batching.before_step = waits  # type: ignore[method-assign]
+    worker.main(channel, plan)
+
+
+def jumping(channel: Channel, plan: Any) -> None:
+    """The wall clock of the process jumps to and fro."""
+    right, calls = time.time, iter(range(1 << 60))
+    time.time = lambda: right() + (1e9, -1e9, 0.0)[next(calls) % 3]
+    worker.main(channel, plan)
