@@ -559,8 +559,10 @@ def test_the_queue_of_a_slow_disk(tmp_path: Path, monkeypatch: Any) -> None:
         may_write.set()
     assert verified(tmp_path).missing == log.missing
     assert kinds(tmp_path)[-5:] == ["gap", "opened", "halted", "finished", "stop"]
-    (gap,) = [one for one in records(tmp_path) if one["kind"] == "gap"]
-    assert gap["kinds"] == {"refused": log.missing}
+    # a shorter record may find room where a longer one did not, and part the gap
+    gaps = [one["kinds"] for one in records(tmp_path) if one["kind"] == "gap"]
+    assert gaps == [{"refused": gap["refused"]} for gap in gaps]
+    assert sum(gap["refused"] for gap in gaps) == log.missing
 
 
 def test_what_a_sync_did_not_take_is_told(tmp_path: Path, monkeypatch: Any) -> None:
