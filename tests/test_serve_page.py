@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live_stage import Stage, browsing, find_browser
+from live_stage import Stage, TestbedStage, browsing, find_browser
 from playwright.sync_api import expect, sync_playwright
 
 from midstream import testbed
@@ -326,6 +326,55 @@ def test_replays_are_exact(page):
     halted = sum(mine[1] is not None for mine in expected)
     assert 10 < halted < len(cases) - 10  # both kinds are there
     assert any("HOLD" in mine[0] for mine in expected)
+
+
+# ------------------------------------------------------------------ the engine
+
+
+def test_streams_of_the_real_engine(browser):
+    """What the page makes of events and reports agrees with what the engine did."""
+    bundle = testbed_bundle()
+    with (
+        TestbedStage(bundles={bundle.hash: bundle}.get) as stage,
+        browsing(browser) as page,
+    ):
+        page.goto(stage.url)
+        expect(page.locator("#connection")).to_have_text("Live")
+        reasons = set()
+        for index in range(40):
+            answer = stage.complete(testbed.sample_prompt(3, index), temperature=1.0)
+            (choice,) = answer["choices"]
+            if choice["finish_reason"] in reasons | {"length"}:
+                continue
+            reasons.add(choice["finish_reason"])
+            choose(page, answer["id"])
+            halted = choice["finish_reason"] == "content_filter"
+            expect(page.locator("#state")).to_have_text("■ halted" if halted else "✓ finished")
+            text = page.locator("#text")
+            assert text.evaluate("e => e.innerText").startswith(choice["text"])
+            left = answer["usage"]["completion_tokens"]
+            expect(page.locator("#facts")).to_contain_text(f"{left} token")
+            # Its own level, replayed: the page's rules give what the engine's gave.
+            level = str(bundle.policy.tiers["moderate"].halt_at)
+            page.evaluate(
+                """(level) => {
+                  const slider = document.getElementById("level");
+                  slider.step = "any";
+                  slider.value = level;
+                  slider.dispatchEvent(new Event("input"));
+                }""",
+                level,
+            )
+            expect(page.locator("#replay-result")).to_have_text(
+                f"Would have been halted at the same token, {answer['midstream']['halted_at']}."
+                " The same tokens would have left."
+                if halted
+                else "Would not have been halted. The same tokens would have left."
+            )
+            expect(page.locator("#evidence figure")).to_have_count(2)  # those of responses
+            if {"content_filter", "stop"} <= reasons:
+                break
+        assert {"content_filter", "stop"} <= reasons
 
 
 # ------------------------------------------------------------------ many
