@@ -82,7 +82,7 @@ def test_a_stream_halts_live_on_the_page(page, stage):
     expect(page.locator("#state")).to_have_text("■ halted")
     expect(row(page, "first")).to_have_class("row halted ended")
     expect(page.locator("#verdict")).to_have_text(
-        "Halted at token 13: sealed. Risk 0.620; moderate halts at 0.5."
+        "Halted at token 13: sealed. Risk 0.6200; moderate halts at 0.5."
     )
     shown = page.locator("#text").inner_text()
     assert shown == "".join(WORDS[:9]) + "halted at 13"  # the last word has not left
@@ -186,10 +186,12 @@ def test_the_curve_is_read_out_token_by_token(page, stage):
     page.locator("#risk").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    expect(page.locator("#cursor")).to_have_text("token 5, risk 0.030, “urn ”")
-    expect(page.locator("#risk")).to_have_attribute("aria-valuetext", "token 5, risk 0.030, “urn ”")
+    expect(page.locator("#cursor")).to_have_text("token 5, risk 0.0300, “urn ”")
+    expect(page.locator("#risk")).to_have_attribute(
+        "aria-valuetext", "token 5, risk 0.0300, “urn ”"
+    )
     page.keyboard.press("End")
-    expect(page.locator("#cursor")).to_have_text("token 13, risk 0.620")  # which has not left
+    expect(page.locator("#cursor")).to_have_text("token 13, risk 0.6200")  # which has not left
 
 
 # ------------------------------------------------------------------ replay
