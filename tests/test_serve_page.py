@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live_stage import Stage, TestbedStage, browsing, find_browser
+from live_stage import Stage, TestbedStage, a_bundle, ask, browsing, find_browser
 from playwright.sync_api import expect, sync_playwright
+from scripted_engine import BUNDLE
 
 from midstream import testbed
 from midstream.monitor import Monitor
-from midstream.policy import Policy
-from midstream.streams import released
+from midstream.policy import Policy, Thresholds
+from midstream.serve.feed import Opened
+from midstream.streams import Event, released
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(
@@ -134,6 +136,52 @@ def test_streams_that_are_looked_at_closely_are_told_to_the_engine(page, stage):
     page.wait_for_function("() => true")
     assert ("other", True) in stage.closely
     assert ("slow", False) in stage.closely
+
+
+def test_a_stream_that_is_held_and_then_fails(browser):
+    """Tokens that waited leave together, on the colour of the worst of them."""
+    levels = {"moderate": Thresholds(horizon=0, halt_at=0.9, hold_at=0.3)}
+    bundle = a_bundle(tiers=levels, loosest_tier="moderate", hold_back=2)
+    with Stage(bundle=bundle) as stage, browsing(browser) as page:
+        page.goto(stage.url)
+        expect(page.locator("#connection")).to_have_text("Live")
+        stream = Opened(ask("one"), "moderate", BUNDLE)
+
+        def tell(*events):
+            def now():
+                for type, facts in events:
+                    told = Event(type=type, stream="one", bundle=BUNDLE, **facts)
+                    stage.feed.event(stream, told)
+
+            stage.do(now)
+
+        stage.do(lambda: stage.feed.opened(stream))
+        expect(page.locator("#verdict")).to_have_text("Waits for a slot.")
+        tell(
+            ("admitted", {"position": 0}),
+            ("scored", {"position": 4, "risk": 0.01}),
+            ("released", {"position": 5, "risk": 0.06, "text": "a "}),  # token 4
+            ("verdict", {"position": 6, "risk": 0.4, "verdict": "HOLD"}),
+        )
+        expect(page.locator("#state")).to_have_text("‖ held")
+        expect(stat(page, "held")).to_have_text("1")
+        expect(page.locator("#risk")).to_contain_text("holds 0.3")
+        expect(page.locator("#risk .hold-span")).to_have_count(1)
+        tell(
+            ("released", {"position": 8, "risk": 0.02, "text": "b c d "}),  # tokens 5 to 7
+            ("verdict", {"position": 8, "risk": 0.02, "verdict": "CONTINUE"}),
+        )
+        expect(page.locator("#state")).to_have_text("▸ writing")
+        tokens = page.locator("#text span[data-to]")
+        expect(tokens).to_have_count(2)
+        found = tokens.evaluate_all(
+            "all => all.map((e) => [e.className, e.dataset.from, e.dataset.to])"
+        )
+        assert found == [["r0", "4", "4"], ["r5", "5", "7"]]
+        tell(("error", {"message": "its process ended"}))
+        expect(page.locator("#state")).to_have_text("✕ error")
+        expect(page.locator("#verdict")).to_have_text("Ended by an error: its process ended")
+        expect(stat(page, "errors")).to_have_text("1")
 
 
 # ------------------------------------------------------------------ keyboard

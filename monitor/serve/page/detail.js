@@ -274,7 +274,9 @@ function verdict(stream, levels) {
   }
   if (stream.state === "error") return `Ended by an error: ${stream.reason ?? "unknown"}`;
   if (stream.state === "waiting") return "Waits for a slot.";
-  if (stream.state === "held") return `Held: nothing leaves until the risk, now ${risk4(stream.risk)}, is lower.`;
+  if (stream.state === "held") {
+    return `Held: nothing leaves until a later token is judged and allowed. Risk ${risk4(stream.risk)}${above}.`;
+  }
   const said = stream.ended ? "Not halted" : "Allowed to go on";
   return `${said}. Risk ${risk4(stream.risk)}${above}.`;
 }
