@@ -339,8 +339,9 @@ def test_what_the_engine_gets():
             {"role": "user", "content": [{"type": "text", "text": "a"}] * 2},
         ],
     }
-    service.post(CHATS, sent)
-    service.post(TEXTS, TEXT | {"prompt": [1, 2, 3]})
+    trace = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"}
+    service.post(CHATS, sent, headers=trace)
+    service.post(TEXTS, TEXT | {"prompt": [1, 2, 3.0]})
     chat, text = service.engine.asked
     assert chat.messages == (
         {"role": "system", "content": "Be brief."},
@@ -348,7 +349,7 @@ def test_what_the_engine_gets():
     )
     assert (chat.max_tokens, chat.tier, chat.prompt) == (5, "strict", None)
     assert chat.sampling == {"temperature": 0.5, "top_p": 0.9, "top_k": 3}
-    assert chat.body == sent
+    assert (chat.body, chat.trace, text.trace) == (sent, trace, {})
     assert (text.prompt, text.messages) == ((1, 2, 3), None)
     assert text.max_tokens == Settings().default_tokens
     assert chat.stream != text.stream

@@ -62,13 +62,7 @@ class Watch:
 
 
 def assemble(
-    engine: LocallyJudged,
-    feed: Feed,
-    *,
-    settings: Settings,
-    keys: Keys,
-    watch: Watch,
-    gated: Engine | None = None,
+    engine: LocallyJudged, feed: Feed, *, settings: Settings, keys: Keys, watch: Watch
 ) -> FastAPI:
     """Build the application around an engine that was not started yet.
 
@@ -78,8 +72,6 @@ def assemble(
     feed : Feed
         What the engine tells; those who look on are added.
     settings, keys, watch
-    gated : Engine, optional
-        A turn gate around the engine.
 
     Raises
     ------
@@ -103,7 +95,7 @@ def assemble(
         from midstream.serve.tracing import Tracing
 
         feed.add(Tracing.to_collector(watch.otel))
-    served = gated or engine
+    served: Engine = engine
     if watch.audit is not None:
         from midstream.serve.audit import AuditLog
         from midstream.serve.audited import AuditedEngine
@@ -115,5 +107,5 @@ def assemble(
             on_failure=watch.audit_on_failure,
         )
         feed.add(log)
-        served = AuditedEngine(served, log)
+        served = AuditedEngine(engine, log)
     return create_app(served, feed, settings, routers=routers, keys=keys)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 from midstream.serve.channel import Channel
 from midstream.serve.engine import Ask
@@ -16,7 +16,7 @@ from midstream.serve.messages import (
     Accepted,
     Cancel,
     Failed,
-    Left,
+    PlainLeft,
     Plan,
     Ready,
     Refused,
@@ -65,6 +65,11 @@ class LocalStream:
     def send(self, message: Any) -> None:
         """Send a message about it to its worker."""
         self.serving.send(message)
+
+    def event(self, type: Literal["released", "error"], **facts: Any) -> Event:
+        """Build an event of this stream."""
+        assert self.opened is not None, "nothing is told of it before it was accepted"
+        return Event(type=type, stream=self.ask.stream, bundle=self.opened.bundle, **facts)
 
     def put(self, event: Event) -> None:
         """Let the reader have an event."""
@@ -197,24 +202,18 @@ class Serving:
             case Failed(reason):
                 self.failure = reason
 
-    def _tell(self, told: Left | Event) -> None:
-        stream = self.streams[told.stream]
-        assert stream.opened is not None
-        if isinstance(told, Left):
-            stream.completion_tokens += told.tokens
-            stream.unscored = told.unscored
-            if not told.text:  # a character that is not whole yet
-                return
-            event = Event(
-                type="released",
-                stream=told.stream,
-                bundle=stream.opened.bundle,
-                position=told.position,
-                risk=told.risk,
-                text=told.text,
-            )
+    def _tell(self, told: PlainLeft | Event) -> None:
+        if isinstance(told, Event):
+            event, stream = told, self.streams[told.stream]
         else:
-            event = told
+            name, tokens, position, risk, text, unscored = told
+            stream = self.streams[name]
+            stream.completion_tokens += tokens
+            stream.unscored = unscored
+            if not text:  # a character that is not whole yet
+                return
+            event = stream.event("released", position=position, risk=risk, text=text)
+        assert stream.opened is not None
         stream.put(event)
         if not self._untold:
             # Two turns of the loop on, when the clients of all streams have what came with this
@@ -223,7 +222,7 @@ class Serving:
             loop.call_soon(loop.call_soon, self._tell_feed)
         self._untold.append((stream.opened, event))
         if event.type in ("finished", "error"):
-            self._forget(told.stream)
+            self._forget(event.stream)
 
     def _tell_feed(self) -> None:
         while self._untold:
@@ -246,16 +245,12 @@ class Serving:
                 stream.accepted.set_exception(unavailable(1.0))
                 stream.accepted.exception()
                 continue
-            self._tell(
-                Event(
-                    type="error",
-                    stream=name,
-                    bundle=stream.opened.bundle,
-                    message="the model's process ended while it wrote this response; try again",
-                    delivered=stream.completion_tokens,
-                    delivered_unscored=stream.unscored,
-                )
-            )
+            told = "the model's process ended while it wrote this response; try again"
+            delivered = {
+                "delivered": stream.completion_tokens,
+                "delivered_unscored": stream.unscored,
+            }
+            self._tell(stream.event("error", message=told, **delivered))
         self._lost(self)
 
 

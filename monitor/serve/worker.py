@@ -37,8 +37,8 @@ from midstream.serve.messages import (
     Accepted,
     Cancel,
     Failed,
-    Left,
     Look,
+    PlainLeft,
     Plan,
     Ready,
     Refused,
@@ -124,6 +124,8 @@ def build(channel: Channel, plan: Plan) -> Batching:
 
 def answer(channel: Channel, serving: Batching) -> None:
     """Do what the messages ask for, until there are no more."""
+    gc.collect()
+    gc.freeze()  # or each full collection would look at all of torch, for a quarter of a second
     channel.send(serving.ready)
     for message in channel:
         match message:
@@ -265,7 +267,7 @@ class Batching(BatchingAttachment):
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
         with self._telling:
             at, free = ended or time.monotonic(), self.monitor.free_slots
-            told: list[Left | Event] = []
+            told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
@@ -323,7 +325,7 @@ class _Reader:
     def __call__(self, item: Item) -> None:
         self._serving.tell(self, item)
 
-    def told(self, item: Item) -> list[Left | Event]:
+    def told(self, item: Item) -> list[PlainLeft | Event]:
         """What goes to the server."""
         if item is None:
             self._serving.forget(self._stream)
@@ -332,11 +334,12 @@ class _Reader:
             assert self.request is not None
             unscored = self.request.session.hold_back.released_unscored
             text, count = self._text.add(item.tokens), len(item.tokens)
-            return [Left(self._stream, count, item.position, item.risk, text, unscored)]
+            return [(self._stream, count, item.position, item.risk, text, unscored)]
         if item.type == "error":
             return [item.model_copy(update={"message": FAILED})]
         if item.type == "halted":
             self._halted = True
         elif item.type == "finished" and not self._halted and (rest := self._text.rest()):
-            return [Left(self._stream, 0, None, item.risk or 0.0, rest), item]
+            left = (self._stream, 0, None, item.risk or 0.0, rest, item.delivered_unscored or 0)
+            return [left, item]
         return [item]
