@@ -53,6 +53,7 @@ T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
+_PART = 64  # events of a message
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
 
@@ -262,15 +263,22 @@ class Batching(BatchingAttachment):
         return reader
 
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
+        """Send what was told since the last time.
+
+        The server takes in one part while the next one is decoded.
+        """
+        at, free = ended or time.monotonic(), self.monitor.free_slots
         with self._telling:
             told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
+                if len(told) >= _PART:
+                    self._channel.send(Step(at, 0, None, free, told))
+                    told = []
             if told or ended is not None:
                 rows = 0 if judge_seconds is None else self._rows
-                free = self.monitor.free_slots
-                self._channel.send(Step(ended or time.monotonic(), rows, judge_seconds, free, told))
+                self._channel.send(Step(at, rows, judge_seconds, free, told))
 
     def _encode(self, asked: Submit) -> list[int]:
         prompt: Any = asked.prompt
