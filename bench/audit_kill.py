@@ -34,9 +34,10 @@ from midstream.serve.audit import AuditLog
 from midstream.serve.audit_file import Sync, files_in
 from midstream.serve.audit_read import files_of, read, verify
 
-# One process imports, the others are forks of it.
+# One process imports, the others are forks of it. Of what is not installed, such as this file,
+# Python 3.11 preloads nothing, without a word.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["audit_kill"])
+CONTEXT.set_forkserver_preload(["midstream.serve.audit"])
 
 THREADS = 4
 MAX_BYTES = 1 << 20  # so that some are killed between two files
@@ -91,12 +92,14 @@ def check_numbers(files: list[Path]) -> int:
     return sum(following.values())
 
 
-def measured(folder: Path, sync: Sync, rounds: int, seed: int) -> dict[str, Any]:
+def measured(
+    folder: Path, sync: Sync, rounds: int, seed: int, longest: float = 0.6
+) -> dict[str, Any]:
     rng = random.Random(seed)
     seconds, lost, lost_of_written, beyond, torn = 0.0, 0, 0, 0, 0
     already = 0  # files that no writer touches any more
     for writer in range(rounds):
-        life = rng.uniform(0.0, 0.6)
+        life = rng.uniform(0.0, longest)
         acknowledged, written = killed(folder, sync, writer, life)
         files = files_in(folder)[already:]
         found = verify(files)

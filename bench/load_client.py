@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 import struct
@@ -21,7 +22,7 @@ import uvloop
 
 TIMESTAMPNS = 35  # SO_TIMESTAMPNS of Linux, which Python does not name
 LEAVES_EVERY = 25  # streams; one of so many clients goes away in the middle
-PATIENCE = 60.0  # seconds without a byte after which a stream has hung
+PATIENCE = 300.0  # seconds after which a stream has hung
 
 _EVENT = re.compile(rb"data: (.*)\n\n")
 _LENGTH = re.compile(rb"content-length: (\d+)\r\n", re.IGNORECASE)
@@ -49,6 +50,7 @@ class Tally:
 
 def run(address: tuple[str, int], bodies: Sequence[bytes], streams: int, seconds: float) -> Tally:
     """Keep ``streams`` of them going for so long, then read all to their ends."""
+    os.nice(10)  # clients are elsewhere: on these few cores they are not to come before the server
     return uvloop.run(_load(address, bodies, streams, seconds))
 
 

@@ -18,6 +18,7 @@ from midstream.commands.demo import demo
 from midstream.commands.doctor import doctor
 from midstream.commands.evaluate import evaluate
 from midstream.commands.inspect import inspect
+from midstream.commands.proxy import proxy
 from midstream.commands.record import record
 from midstream.commands.replay import replay
 from midstream.commands.score import score
@@ -34,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (demo, watch, serve, score, collect, train, evaluate, record, replay, inspect, doctor)
+COMMANDS = (
+    demo, watch, serve, proxy, score, collect, train, evaluate, record, replay, inspect, doctor,
+)  # fmt: skip
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "chain": (
         "The absorbing chain: fit it, look at it, see how well it forecasts, and where to stop.",

@@ -10,16 +10,18 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 import reading_toys
 from fake_upstream import Connection, FakeUpstream, chunk, event
 from serving import PATIENCE, Seen, events_of, text_of
 
+from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
 from midstream.serve.proxy import AHEAD, SENT_ON, ProxyEngine, upstream_body
-from midstream.serve.settings import ANSWERED_HERE
+from midstream.serve.settings import ANSWERED_HERE, Settings
 from midstream.serve.upstream import Patience, Upstream
 from midstream.streams import Event
 
@@ -559,6 +561,43 @@ def test_a_model_that_fails_ends_the_stream_and_the_connection(front: Proxy) -> 
     assert events[-1].type == "error"
     assert "insides" not in str(events[-1].message)
     front.run(no_slot_is_lost(front))
+
+
+def test_behind_the_http_front(front: Proxy) -> None:
+    app = create_app(front.engine, Feed(), Settings(sent_on=SENT_ON))
+
+    async def post(play: Any, **fields: Any) -> httpx.Response:
+        front.upstream.play = play
+        body = {"model": "watched", "messages": [{"role": "user", "content": "w5"}], **fields}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
+            headers = {"authorization": "Bearer of the client", "x-own": "1", "cookie": "a=b"}
+            return await client.post("/v1/chat/completions", json=body, headers=headers)
+
+    found = front.run(post(say("w7 ", "w8"), seed=5, stop="w12")).json()
+    assert found["choices"][0]["message"]["content"] == "w7 w8"
+    assert found["choices"][0]["finish_reason"] == "stop"
+    asked = front.upstream.seen[-1]
+    assert (asked.body["seed"], asked.body["stop"]) == (5, "w12")
+    assert asked.headers["authorization"] == f"Bearer {KEY}"
+    assert not {"x-own", "cookie"} & set(asked.headers)
+
+    streamed = front.run(post(say("w7 ", "bad ", "w8"), stream=True)).text
+    *chunks, last, done = [line[6:] for line in streamed.splitlines() if line]
+    assert done == "[DONE]"
+    assert json.loads(last)["choices"][0]["finish_reason"] == "content_filter"
+    contents = [json.loads(c)["choices"][0]["delta"].get("content") or "" for c in chunks]
+    assert "".join(contents) == "w7"
+
+    broken = front.run(post(then(b"data: {\n\n"), stream=True)).text
+    assert broken.endswith("data: [DONE]\n\n")
+    assert '"error"' in broken
+    assert "bad" not in broken
+    refused = front.run(post(lambda c: c.answer("429 No", b"", ["retry-after: 3"])))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+    assert refused.json()["error"]["code"] == "upstream_rate_limit"
+    tools = front.run(post(say("w7"), tools=[{"type": "function"}]))
+    assert (tools.status_code, tools.json()["error"]["param"]) == (400, "tools")
 
 
 async def killed(made: Proxy) -> None:

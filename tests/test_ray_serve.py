@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import secrets
@@ -176,6 +177,12 @@ def client(bundle: Path, ledger: str) -> Iterator[Client]:
         serve.shutdown()
         ray.shutdown()
         monkeypatch.undo()
+
+
+def test_arguments_of_serve_run_are_checked() -> None:
+    """Ray reads the annotation itself, so it must not be a string."""
+    (options,) = inspect.signature(ray_serve_midstream.app).parameters.values()
+    assert options.annotation is ray_serve_midstream.Options
 
 
 @needs_redis

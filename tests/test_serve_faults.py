@@ -185,6 +185,7 @@ def test_streams_finish_under_the_bundle_that_they_began_with(
 
     async def swap() -> Any:
         streams = await begun(house, flag)
+        flag.write_text("1")  # they stand still, and one on another worker need not wait for more
         waiting = await engine.submit(ask(5, tier="loose"))
         before = pid_of(house)
         reloading = asyncio.create_task(engine.reload(bundles / "halts_all"))

@@ -64,7 +64,7 @@ class Reading:
         self.messages.append((kind, content))
         for row in content.get("rows", ()):
             known = self.rows.setdefault(row["n"], {"spark": []})
-            ends = row["ended"] and not known.get("ended", row["ended"])
+            ends = row.get("ended") and not known.get("ended", True)
             spark = row["spark"] if ends else known["spark"] + row["spark"]
             known |= row | {"spark": spark[-40:]}
         for number in content.get("gone", ()):

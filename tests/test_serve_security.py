@@ -157,6 +157,30 @@ def test_what_is_not_http_gets_the_error_object(listening):
     assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+        "Content-Length: 4\r\nContent-Length: 0\r\n\r\n",
+        "Content-Length: +4\r\n\r\n",
+        "Content-Length : 4\r\n\r\n",
+        "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+        "X: a\r\n b\r\nContent-Length: 0\r\n\r\n",
+        "X: a\0b\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_no_second_request_is_smuggled_in(listening, fields):
+    """What a proxy in front could read in another way is refused, and the connection closed."""
+    sock = listening.connect()
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    sock.sendall((head + fields + "GET /health HTTP/1.1\r\nHost: t\r\n\r\n").encode())
+    answer = read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
 # Abuse of the socket
 
 
@@ -229,11 +253,14 @@ def test_many_giant_bodies_are_refused_and_not_kept():
         assert service.watching.refusals.count(("", 413, "body_too_large")) == 20
 
 
-def test_a_client_that_reads_nothing_does_not_make_the_server_grow():
+def test_a_client_that_reads_nothing_does_not_make_the_server_grow(caplog):
     """Every stream of a flood of readers that do not read is cancelled, and its socket dropped."""
     pieces = ["x" * 65536] * 4096
     service = Service(
-        pieces=pieces, risks=[0.1] * len(pieces), settings={"slow_reader_seconds": 0.3}
+        pieces=pieces,
+        risks=[0.1] * len(pieces),
+        delay=0.001,
+        settings={"slow_reader_seconds": 0.3},
     )
     with service.listening() as address:
         socks = [address.send(CHAT | LONG, receive_buffer=4096) for _ in range(5)]
@@ -241,6 +268,7 @@ def test_a_client_that_reads_nothing_does_not_make_the_server_grow():
         service.settled()
         assert all(stream.cancelled for stream in service.engine.streams)
         assert not any(b"[DONE]" in read_all(sock) for sock in socks)
+    assert caplog.text.count("its client did not read; cut") == 5
 
 
 # Keys
@@ -287,7 +315,8 @@ def test_each_key_is_a_client_with_a_limit_of_its_own():
     )
     with service.listening() as address, httpx.Client(base_url=address.url) as http:
         with http.stream("POST", CHATS, json=CHAT | LONG, headers=bearer(ADA)) as first:
-            assert next(first.iter_bytes())
+            reading = first.iter_bytes()  # closes the response when it is dropped
+            assert next(reading)
             refused = http.post(CHATS, json=CHAT, headers=bearer(ADA))
             assert fault(refused, 429)["type"] == "rate_limit_error"
             assert "retry-after" in refused.headers

@@ -20,16 +20,23 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from midstream import testbed
+from midstream.engines.vllm.checks import check_config
 from midstream.engines.vllm.scheduler import MonitoredAsyncScheduler, MonitoredScheduler
-from midstream.engines.vllm.settings import KEY, PROCESSOR, SCHEDULER, WORKER
+from midstream.engines.vllm.settings import (
+    KEY,
+    PROCESSOR,
+    SCHEDULER,
+    WORKER,
+    UnsupportedEngineError,
+)
 from midstream.engines.vllm.watch import JUDGEMENTS
 from midstream.kernels.tables import Verdict
 
 RUNNING, BLOCK, BLOCKS = 4, 16, 14
 
 
-def scheduler(*, ahead):
-    config = EngineArgs(
+def configuration():
+    return EngineArgs(
         model=str(testbed.MODEL_DIR),
         dtype="float32",
         worker_cls=WORKER,
@@ -42,6 +49,10 @@ def scheduler(*, ahead):
         block_size=BLOCK,
         enable_prefix_caching=False,
     ).create_engine_config()
+
+
+def scheduler(*, ahead):
+    config = configuration()
     config.scheduler_config.async_scheduling = ahead
     config.cache_config.num_gpu_blocks = BLOCKS
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
@@ -142,3 +153,15 @@ def test_streams_under_pressure(seed, ahead):
         halted = halts.get(name, prompt + limit) < prompt + limit
         assert ends[name].finish_reason == (FinishReason.STOP if halted else FinishReason.LENGTH)
         assert ends[name].stop_reason == (engine._halt_reason if halted else None)
+
+
+def test_what_would_pass_the_monitor_by_is_refused(monkeypatch):
+    config = configuration()
+    check_config(config)
+    config.weight_transfer_config = object()
+    with pytest.raises(UnsupportedEngineError, match="--weight-transfer-config"):
+        check_config(config)
+    config.weight_transfer_config = None
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedEngineError, match="VLLM_USE_RUST_FRONTEND=1"):
+        check_config(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,39 +80,49 @@ def verify(
         raise typer.Exit(1)
 
 
-_COLUMNS = ("#", "time", "kind", "stream", "client", "tier", "at", "risk", "cause", "more")
-_IDENTITY = ("schema", "seq", "time", "kind", "stream", "client", "tier", "sha256")
-_DECISION = ("position", "risk", "cause", "model", "bundle", "verdict", "prompt_tokens")
+_TOLD = {
+    "schema",
+    "seq",
+    "time",
+    "kind",
+    "stream",
+    "sha256",
+    "verdict",
+    "position",
+    "risk",
+    "cause",
+}
+_LEFT_OUT = {"model", "bundle", "prompt_tokens", "previous"}  # for --json
+_HASH = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")
 
 
 def _print_table(records: Iterator[dict[str, Any]]) -> None:
-    table = Table(*_COLUMNS)
+    table = Table("#")
+    table.add_column("time", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for name in ("stream", "what"):
+        table.add_column(name, overflow="fold")
     for record in records:
         table.add_row(*(Text(cell) for cell in _cells(record)))
     Console().print(table)
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
-    risk = record.get("risk")
-    told = [
-        f"{name.replace('_', ' ')} {_short(value)}"
-        for name, value in record.items()
-        if name not in (*_IDENTITY, *_DECISION) and value is not None
-    ]
-    if record.get("verdict") is not None:
-        told.insert(0, record["verdict"])
+    parts = [record.get("verdict")]
+    for name, value in (("at", record.get("position")), ("risk", record.get("risk"))):
+        parts.append(None if value is None else f"{name} {_short(value)}")
+    parts.append(record.get("cause"))
+    for name, value in record.items():
+        if name not in _TOLD | _LEFT_OUT and value not in (None, ""):
+            parts.append(f"{name.replace('_', ' ')} {_short(value)}")
     cells = [
         str(record["seq"]),
-        datetime.fromtimestamp(record["time"], UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3],
+        datetime.fromtimestamp(record["time"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
         record["kind"],
         record.get("stream") or "",
-        record.get("client") or "",
-        record.get("tier") or "",
-        "" if record.get("position") is None else str(record["position"]),
-        "" if risk is None else f"{risk:.3f}",
-        record.get("cause") or "",
-        ", ".join(told),
+        ", ".join(part for part in parts if part),
     ]
+    cells[-1] = _HASH.sub(r"\1…", cells[-1])
     # Of what a model wrote, or a client, nothing may steer the terminal.
     return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in cells]
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from midstream.commands.options import BundleOption, Model, Tier
+from midstream.commands.options import BundleOption, Model, Tier, load_bundle
 
 if TYPE_CHECKING:
+    from midstream.ledger.ledger import Ledger
+    from midstream.serve.assemble import LocallyJudged
     from midstream.serve.settings import Settings
-
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
@@ -45,6 +49,13 @@ AuditSync = Annotated[
 OnAuditFailure = Annotated[
     Literal["serve", "refuse"], typer.Option(help="What to do while the log cannot be written.")
 ]
+LedgerAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Gate the turns of conversations, with this ledger: memory:, a file of SQLite, or "
+        "redis://host:port/db for several servers. The bundle needs a turn model."
+    ),
+]
 Otel = Annotated[
     str | None, typer.Option(help="Collector of OpenTelemetry, as http://localhost:4318.")
 ]
@@ -68,6 +79,7 @@ def serve(
     audit_sync: AuditSync = "every-second",
     on_audit_failure: OnAuditFailure = "serve",
     otel: Otel = None,
+    ledger: LedgerAddress = None,
 ) -> None:
     """Serve a model and its bundle, or the testbed's, as OpenAI's API.
 
@@ -75,8 +87,10 @@ def serve(
     """
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    if ledger is not None and bundle is None:
+        raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
     from midstream.serve.assemble import Watch, assemble
-    from midstream.serve.feed import Feed
+    from midstream.serve.gated import GatedEngine, HeldFeed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
@@ -85,7 +99,7 @@ def serve(
     keys = Keys() if api_keys is None else Keys.load(api_keys)
     log_to_stderr()
 
-    feed = Feed()
+    feed = HeldFeed()
     engine = LocalEngine(
         feed,
         model=model,
@@ -103,15 +117,25 @@ def serve(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
-    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
-    run(
-        app,
-        host=host,
-        port=port,
-        drain=drain,
-        start=engine.start,
-        reload=lambda: engine.reload(bundle),
-    )
+    with ExitStack() as stack:
+        served: LocallyJudged = engine
+        reload: Callable[[], Awaitable[object]] = partial(engine.reload, bundle)
+        if ledger is not None and bundle is not None:
+            store = stack.enter_context(closing(_open(ledger)))
+            gated = GatedEngine(engine, feed, load_bundle(bundle), store)
+            served, reload = gated, partial(gated.reload, bundle)
+            limits = limits.model_copy(update={"conversations": True})
+        app = assemble(served, feed, settings=limits, keys=keys, watch=watch)
+        run(app, host=host, port=port, drain=drain, start=engine.start, reload=reload)
+
+
+def _open(ledger: str) -> Ledger:
+    from midstream.ledger.open import open_ledger
+
+    try:
+        return open_ledger(ledger)
+    except ValueError as error:
+        raise typer.BadParameter(f"--ledger: {error}") from error
 
 
 def read_settings(path: Path | None) -> Settings:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
@@ -29,6 +30,7 @@ from midstream.serve.settings import Settings
 from midstream.serve.sse import EventStream, leave_with_client
 
 _log = logging.getLogger(__name__)
+_TRACE = ("traceparent", "tracestate")
 _POLLED = ("/health", "/ready")
 _access = logging.getLogger("midstream.serve.access")
 
@@ -149,7 +151,8 @@ class Front:
             self._check_model(asked.model)
             chat = kind is ChatRequest
             stream_id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-            ask = asked.ask(stream_id, client, body, self.settings)
+            trace = {name: request.headers[name] for name in _TRACE if name in request.headers}
+            ask = replace(asked.ask(stream_id, client, body, self.settings), trace=trace)
             try:
                 async with asyncio.timeout(self.settings.start_seconds):
                     stream = await self.engine.submit(ask)

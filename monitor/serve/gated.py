@@ -72,8 +72,15 @@ class HeldFeed(Feed):
         super().event(stream, event)
 
 
-class ReloadableEngine(Engine, Protocol):
-    """An engine that can take another bundle."""
+class JudgingEngine(Engine, Protocol):
+    """An engine whose streams a bundle on this machine judges."""
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """What new streams are judged by; None before it was started."""
+
+    def look_closely(self, stream: str, on: bool) -> None:
+        """Tell ``scored`` events of a stream, or stop doing so."""
 
     async def reload(self, folder: str | Path) -> str:
         """Judge new streams by the bundle in a folder, and return its hash."""
@@ -84,11 +91,11 @@ class GatedEngine:
 
     Parameters
     ----------
-    engine : ReloadableEngine
-        Tells the same feed; its bundle is ``bundle``.
+    engine : JudgingEngine
+        Tells the same feed.
     feed : HeldFeed
     bundle : Bundle
-        With a turn model, and a policy with a section ``turns``.
+        The engine's. With a turn model, and a policy with a section ``turns``.
     ledger : Ledger
         One for all replicas.
     trace : int
@@ -102,7 +109,7 @@ class GatedEngine:
 
     def __init__(
         self,
-        engine: ReloadableEngine,
+        engine: JudgingEngine,
         feed: HeldFeed,
         bundle: Bundle,
         ledger: Ledger,
@@ -122,6 +129,15 @@ class GatedEngine:
     def unready(self) -> str | None:
         """Why the engine takes no requests."""
         return self._engine.unready
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The engine's."""
+        return self._engine.bundle
+
+    def look_closely(self, stream: str, on: bool) -> None:
+        """Pass on."""
+        self._engine.look_closely(stream, on)
 
     async def submit(self, ask: Ask) -> Stream:
         """Begin a response; in a conversation, one that leaves as a whole or not at all.

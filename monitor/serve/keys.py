@@ -52,18 +52,8 @@ class Keys:
         KeyFileError
             For a file that others can read or change, and for lines that are not such.
         """
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) or mode & 0o077:
-            raise KeyFileError(
-                f"{path}: keys must be in a plain file that only its owner can read; "
-                f"its mode is {stat.S_IMODE(mode):04o}, try `chmod 600`"
-            )
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise KeyFileError(f"{path}: expected text in UTF-8, of name:key lines") from None
         keys: dict[str, str] = {}
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_private(path).splitlines(), start=1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             name, _, key = (part.strip() for part in line.partition(":"))
@@ -123,6 +113,26 @@ class Keys:
         if not key:
             raise unauthorised()
         raise ApiError(403, "this key is not the operator's", code="not_operator")
+
+
+def read_private(path: Path) -> str:
+    """Text of a file that nobody but its owner can read or change.
+
+    Raises
+    ------
+    KeyFileError
+        For any other file.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) or mode & 0o077:
+        raise KeyFileError(
+            f"{path}: keys must be in a plain file that only its owner can read; "
+            f"its mode is {stat.S_IMODE(mode):04o}, try `chmod 600`"
+        )
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise KeyFileError(f"{path}: expected text in UTF-8") from None
 
 
 def unauthorised() -> ApiError:

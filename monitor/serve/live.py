@@ -88,7 +88,7 @@ class Live(Observer):
             raise ValueError(f"streams: expected at least 1, got {streams}")
         self._bundle_of = bundle_of
         self._text = text
-        self._look_closely = look_closely
+        self.look_closely = look_closely  # may be set later: an engine needs the feed first
         self._most, self._most_bytes, self._most_viewers = streams, size, viewers
         self._open: OrderedDict[str, Record] = OrderedDict()
         self._ended: OrderedDict[int, Record] = OrderedDict()
@@ -156,7 +156,9 @@ class Live(Observer):
 
     def notice(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Keep it, as words."""
-        told = [f"{key} {value}" for key, value in facts.items() if isinstance(value, str | int)]
+        told = [
+            f"{key} {value}" for key, value in facts.items() if isinstance(value, str | int | float)
+        ]
         notice = {"at": time.time(), "kind": kind[:60], "facts": ", ".join(told)[:300]}
         self._notices.append(notice)
         self._noticed += 1
@@ -237,8 +239,8 @@ class Live(Observer):
         return Viewer()
 
     def _look(self, record: Record, on: bool) -> None:
-        if self._look_closely is not None and not record.ended:
-            self._look_closely(record.opened.ask.stream, on)
+        if self.look_closely is not None and not record.ended:
+            self.look_closely(record.opened.ask.stream, on)
 
     # ------------------------------------------------------------------ what they are told
 
@@ -259,7 +261,7 @@ class Live(Observer):
         rows = []
         for number, record in self._changed.items():
             rows.append(record.row() if number in self._new else record.changes())
-            record.spark_told = len(record.risks)
+            record.told()
         news: dict[str, Any] = {"rows": rows, "gone": self._gone}
         if self._halts.turn() or self._halts_changed:
             news["halts"], news["counts"] = self._halts.counts(), self._counts

@@ -59,6 +59,7 @@ class Record:
         "size",
         "spark_told",
         "state",
+        "turned",
     )
 
     def __init__(self, number: int, opened: Opened, *, keeps_text: bool, hold_back: int) -> None:
@@ -85,6 +86,8 @@ class Record:
         """Verdicts that changed what happens: HOLD, CONTINUE, HALT."""
         self.size = _BYTES
         self.spark_told = 0
+        self.turned = False
+        """Whether more than numbers have changed since viewers were told."""
         self._keeps_text = keeps_text
         self._hold_back = hold_back
         self._left: tuple[int, int] | None = None  # first and last position that have left
@@ -94,7 +97,7 @@ class Record:
         if event.position is not None and event.risk is not None:
             self._judged(event.position, event.risk, event.scores)
         if event.type == "admitted":
-            self.state = "writing"
+            self.state, self.turned = "writing", True
         elif event.type == "released" and event.text:
             self._piece(event.position, event.text)
         elif event.type in ("verdict", "halted") and event.verdict is not None:
@@ -116,26 +119,33 @@ class Record:
             "tier": self.opened.tier,
             "bundle": self.opened.bundle,
             "at": self.opened.at,
-            **self.changes(),
-            "spark": self._spark(0),
+            **self.changes(whole=True),
         }
 
-    def changes(self) -> dict[str, Any]:
-        """What of its row can change; ``spark`` holds the risks that were not told yet."""
+    def changes(self, *, whole: bool = False) -> dict[str, Any]:
+        """What of its row has changed, or can; ``spark`` holds the risks that were not told yet."""
         first, last = self._left or (0, -1)
         left = last - first + 1 if self.delivered is None else self.delivered
-        return {
+        numbers = {
             "n": self.number,
+            "risk": None if self.risk is None else round(self.risk, 4),
+            "peak": round(self.peak, 4),
+            "left": left,
+            "spark": self._spark(0 if whole else self.spark_told),
+        }
+        if not whole and not self.turned:
+            return numbers
+        return numbers | {
             "state": self.state,
             "ended": self.ended,
             "reason": self.reason,
             "cause": self.cause,
-            "risk": self.risk,
-            "peak": self.peak,
-            "left": left,
             "halted_at": self.halted_at,
-            "spark": self._spark(self.spark_told),
         }
+
+    def told(self) -> None:
+        """All viewers have its changes."""
+        self.spark_told, self.turned = len(self.risks), False
 
     def whole(self) -> dict[str, Any]:
         """All there is to it."""
@@ -183,6 +193,7 @@ class Record:
         assert event.verdict is not None
         self.marks.append((event.position, event.verdict))
         self.size += _PIECE_BYTES
+        self.turned = True
         if event.type == "halted":
             self.state, self.cause, self.halted_at = "halted", event.cause, event.position
         else:
@@ -190,6 +201,7 @@ class Record:
 
     def _end(self, state: State, event: Event) -> None:
         self.state, self.ended, self.reason = state, True, event.message
+        self.turned = True
         self.spark_told = 0  # the whole line once more, with what was not told of held tokens
         self.lasted = time.monotonic() - self.opened.clock
         self.delivered = event.delivered

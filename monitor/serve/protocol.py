@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from functools import partial
 from typing import ClassVar
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from midstream.serve.errors import ApiError
 from midstream.serve.settings import Settings
-from midstream.serve.sse import ABORT
+from midstream.serve.sse import ABORT, WRITE
 
 MAX_HEAD_BYTES = 1 << 16
 
@@ -37,8 +42,9 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         sock = transport.get_extra_info("socket")
         if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family != socket.AF_UNIX:
-            # The end of a response whose client stopped reading is the kernel's to give up.
-            milliseconds = int(1000 * self.settings.slow_reader_seconds)
+            # The end of a response whose client stopped reading is the kernel's to give up, later
+            # than a stream is cut, so that the log can say why.
+            milliseconds = int(3000 * self.settings.slow_reader_seconds)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._arm()
 
@@ -64,6 +70,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._disarm()
         super().on_headers_complete()
+        self.scope[WRITE] = partial(_write, self.cycle)  # type: ignore[literal-required]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
@@ -73,6 +80,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, with the standard error object."""
         self._refuse(ApiError(400, "this is not valid HTTP/1.1", code="invalid_http"))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: any client can ask to speak WebSocket, and is answered in HTTP."""
 
     def _arm(self) -> None:
         if self._head_due is None:
@@ -96,6 +106,21 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
+
+
+def _write(cycle: RequestResponseCycle | None, chunk: bytes) -> bool:
+    """Write a chunk of a body at once; False where that has to wait, or to go another way."""
+    if (
+        cycle is None
+        or cycle.flow.write_paused
+        or cycle.disconnected
+        or not cycle.response_started
+        or cycle.response_complete
+        or not cycle.chunked_encoding
+    ):
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+    return True
 
 
 def guarded(settings: Settings) -> type[GuardedProtocol]:

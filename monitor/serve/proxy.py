@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
 from midstream.serve.forced_messages import Ended, Read, Written
 from midstream.serve.local import LocalEngine
-from midstream.serve.messages import Plan
+from midstream.serve.messages import Cancel, Plan
 from midstream.serve.serving import LocalStream, Main, Serving
 from midstream.serve.upstream import Upstream, UpstreamError
-from midstream.streams import Event
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ class ProxyEngine:
         """Tell ``scored`` events of a stream, one per token, or stop doing so."""
         self._readers.look_closely(stream, on)
 
-    async def submit(self, ask: Ask) -> ProxyStream:
+    async def submit(self, ask: Ask) -> LocalStream:
         """Begin a response: the upstream has taken the request when this returns.
 
         Raises
@@ -185,7 +184,7 @@ class ProxyEngine:
         except asyncio.CancelledError:
             local.cancel()
             raise
-        return ProxyStream(local)
+        return local
 
     async def close(self, drain: float) -> None:
         """Take no more requests, let the streams end within ``drain`` seconds, cut those left."""
@@ -195,34 +194,6 @@ class ProxyEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._upstream.close()
-
-
-class ProxyStream:
-    """One response; see `midstream.serve.engine.Stream`."""
-
-    def __init__(self, local: LocalStream) -> None:
-        self.ask = local.ask
-        self._local = local
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt, as the local model has them."""
-        return self._local.prompt_tokens
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens of the local model that have left."""
-        return self._local.completion_tokens
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        """Give the events as they come."""
-        return self._local.__aiter__()
-
-    def cancel(self) -> None:
-        """Close the connection to the upstream, and free the slot soon."""
-        assert isinstance(self._local.serving, _ReaderServing)
-        self._local.serving.stop(self.ask.stream)
-        self._local.cancel()
 
 
 class _Pump:
@@ -305,8 +276,13 @@ class _ReaderServing(Serving):
         else:  # it has ended already: the prompt was enough
             pump.stop()
 
-    def stop(self, stream: str) -> None:
-        """Close the connection to the upstream of a stream."""
+    def send(self, message: Any) -> None:
+        """Send a message about a stream; one that is cancelled loses its upstream at once."""
+        if isinstance(message, Cancel):
+            self._stop(message.stream)
+        super().send(message)
+
+    def _stop(self, stream: str) -> None:
         if pump := self._pumps.pop(stream, None):
             pump.stop()
 
@@ -317,7 +293,7 @@ class _ReaderServing(Serving):
             pump.read(message.characters)
 
     def _forget(self, name: str) -> LocalStream:
-        self.stop(name)
+        self._stop(name)
         return super()._forget(name)
 
 

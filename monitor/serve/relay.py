@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from midstream.serve.engine import Stream
 from midstream.serve.errors import ApiError
@@ -16,8 +17,7 @@ from midstream.streams import StreamReport
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Text that leaves.
 
     Attributes
@@ -59,16 +59,8 @@ class End:
     length: int
 
 
-class DeliveryError(Exception):
+class ClientGoneError(Exception):
     """Nothing more can be delivered to the client."""
-
-
-class SlowReaderError(DeliveryError):
-    """It left its socket full for too long."""
-
-
-class ClientGoneError(DeliveryError):
-    """It is not there any more."""
 
 
 class Relay:
@@ -140,7 +132,7 @@ class Relay:
             if self._gone:
                 raise ClientGoneError from None
             return None, self._cut or ApiError(504, "the response took too long", code="timeout")
-        except DeliveryError:
+        except ClientGoneError:
             raise
         except Exception:
             _log.exception("stream %s: its engine failed", self.stream.ask.stream)

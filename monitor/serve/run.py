@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ from midstream.serve.local import ReloadError
 from midstream.serve.protocol import guarded
 
 _log = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 GRACE = 5.0
 """Seconds beyond those for draining: for the engine to cut, and for clients to be told."""
@@ -94,6 +97,16 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._front.admission.cut)
             self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is idle, let those who look on end, and wait for the last connections."""
+        for server in self.servers:
+            server.close()
+        for connection in tuple(self.server_state.connections):
+            connection.shutdown()
+        # Nothing can come any more. The page's viewers end with this; uvicorn would wait for them.
+        self._front.feed.close()
+        await super().shutdown(sockets)
+
     def drain(self) -> None:
         """Begin to end; called in the event loop."""
         if self._ending is None:
@@ -114,6 +127,8 @@ class Server(uvicorn.Server):
         except Exception as failure:
             self.failure = failure
             self.drain()
+        else:
+            freeze()
 
     async def _end(self) -> None:
         front = self._front
@@ -131,6 +146,16 @@ class Server(uvicorn.Server):
             _log.exception("the engine failed to end")
         front.admission.cut()
         self.should_exit = True
+
+
+def freeze() -> None:
+    """Let the garbage collector leave alone what is there.
+
+    It would look through all modules of torch and the rest every now and then, and stop every
+    stream meanwhile: 50 ms and more, measured by bench/serve_load.py.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -177,11 +202,10 @@ def run(
     """
     sock = listen(host, port)
     server = Server(app, drain=drain, start=start, reload=reload)
+    if app.state.front.keys.open and host not in _LOOPBACK:
+        _log.warning("no API keys: whoever reaches %s may use, and see, everything", host)
     at = f"[{host}]" if ":" in host else host
     _log.info("listening on http://%s:%d", at, sock.getsockname()[1])
-    try:
-        server.run([sock])
-    finally:
-        app.state.front.feed.close()
+    server.run([sock])
     if server.failure is not None:
         raise server.failure

@@ -64,7 +64,7 @@ class LocalStream:
 
     def send(self, message: Any) -> None:
         """Send a message about it to its worker."""
-        self.serving.worker.send(message)
+        self.serving.send(message)
 
     def event(self, type: Literal["released", "error"], **facts: Any) -> Event:
         """Build an event of this stream."""
@@ -133,6 +133,7 @@ class Serving:
         self.idle.set()
         self.worker = Worker(main, plan, self._received, self._ended)
         self._feed, self._judged, self._lost = feed, judged, lost
+        self._untold: deque[tuple[Opened, Event]] = deque()
 
     async def start(self) -> None:
         """Start it and wait until it serves.
@@ -148,6 +149,10 @@ class Serving:
             await self.worker.stop()
             raise
         self.since = time.monotonic()
+
+    def send(self, message: Any) -> None:
+        """Send a message about a stream; without effect once the worker is gone."""
+        self.worker.send(message)
 
     async def submit(self, ask: Ask) -> LocalStream:
         """Send a request, and wait until it was accepted."""
@@ -209,10 +214,19 @@ class Serving:
                 return
             event = stream.event("released", position=position, risk=risk, text=text)
         assert stream.opened is not None
-        self._feed.event(stream.opened, event)
         stream.put(event)
+        if not self._untold:
+            # Two turns of the loop on, when the clients of all streams have what came with this
+            # step: a token is not to wait for those who look on.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._tell_feed)
+        self._untold.append((stream.opened, event))
         if event.type in ("finished", "error"):
             self._forget(event.stream)
+
+    def _tell_feed(self) -> None:
+        while self._untold:
+            self._feed.event(*self._untold.popleft())
 
     def _forget(self, name: str) -> LocalStream:
         stream = self.streams.pop(name)

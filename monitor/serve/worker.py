@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -52,6 +52,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
+_AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
 _PART = 64  # events of a message
 FAILED = "the model failed while it wrote this response; try again"
@@ -81,6 +82,8 @@ def run(
                 _log.exception("the model cannot be served")
             channel.send(Failed(str(error)))
             return
+        gc.collect()  # for the reason that `midstream.serve.run.freeze` gives
+        gc.freeze()
         answer(channel, serving)
 
 
@@ -172,6 +175,11 @@ class Batching(BatchingAttachment):
             str, Request
         ] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._manager.claim()
+        return self
 
     @property
     def ready(self) -> Ready:
@@ -269,11 +277,16 @@ class Batching(BatchingAttachment):
         """
         at, free = ended or time.monotonic(), self.monitor.free_slots
         with self._telling:
+            at, free = ended or time.monotonic(), self.monitor.free_slots
             told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
+<<<<<<< HEAD
                 if len(told) >= _PART:
+=======
+                if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
+>>>>>>> main
                     self._channel.send(Step(at, 0, None, free, told))
                     told = []
             if told or ended is not None:

@@ -83,13 +83,14 @@ def _start(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any
 
 
 def _process(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _policy is not None and kwargs.get("resumable"):
+    if KEY in self.vllm_config.additional_config and kwargs.get("resumable"):
         _refuse("a prompt that comes in pieces has no first response token", "send it whole")
     return original(self, *args, **kwargs)
 
 
 def _search_beams(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _policy is not None:
+    engine = getattr(self, "llm_engine", None) or self.engine_client
+    if KEY in engine.vllm_config.additional_config:
         _refuse(
             "beam search asks for every token as a new request, so no beam has a history",
             "use sampling",

@@ -3,7 +3,7 @@
 import { el, setText, svg } from "./dom.js";
 
 const LEFT = 34;
-const RIGHT = 12;
+const RIGHT = 80;
 const TOP = 16;
 const BOTTOM = 20;
 
@@ -63,28 +63,34 @@ export class RiskChart {
         marks.append(svg("text", { x: left + 4, y: y(1) + 12, class: "hold" }, "held"));
       }
     }
-    const level = (risk, className, text, kind, above) => {
+    // Levels are named beside the plot, where no curve runs; names that are too near move apart.
+    const named = [];
+    const level = (risk, className, text, kind) => {
       axis.append(svg("line", { class: className, x1: LEFT, x2: width - RIGHT, y1: y(risk), y2: y(risk) }));
-      const beside = y(risk) + (above ? -5 : 13);
-      marks.append(svg("text", { x: LEFT + 5, y: beside, class: kind }, text));
+      named.push({ at: y(risk) + 4, text, kind });
     };
     const { levels, other } = what;
     if (levels) {
-      const below = other !== null && other > levels.halt_at;
-      level(levels.halt_at, "level", `halts at ${levels.halt_at}`, "halt", !below);
-      if (levels.hold_at !== null) {
-        level(levels.hold_at, "hold-level", `holds at ${levels.hold_at}`, "hold", false);
-      }
-      if (other !== null) level(other, "other", `replayed at ${other}`, "else", below);
+      level(levels.halt_at, "level", `halts ${levels.halt_at}`, "halt");
+      if (levels.hold_at !== null) level(levels.hold_at, "hold-level", `holds ${levels.hold_at}`, "hold");
+      if (other !== null) level(other, "other", `replay ${other}`, "else");
     }
+    named.sort((one, two) => one.at - two.at);
+    named.forEach((name, i) => {
+      if (i) name.at = Math.max(name.at, named[i - 1].at + 13);
+      const text = svg("text", { x: width - RIGHT + 5, y: name.at, class: name.kind }, name.text);
+      marks.append(text);
+    });
 
     const curve = svg("path", { class: "curve", d: path(positions, risks, x, y) });
     const halt = (at, className, text, kind) => {
       marks.append(svg("line", { class: className, x1: x(at), x2: x(at), y1: y(1), y2: y(0) }));
+      // The names of two halts that are near each other would lie on the other's line.
       const crowded = kind === "else" && what.haltedAt !== null && x(what.haltedAt) - x(at) < 100;
-      const end = x(at) > LEFT + this.wide * 0.6 || (crowded && x(at) > LEFT + 100);
-      marks.append(svg("text", { x: x(at) + (end ? -6 : 6), y: kind === "else" ? y(1) + 14 : y(1) - 4,
-        class: `${kind} ${end ? "end" : ""}`, "text-anchor": end ? "end" : "start" }, text));
+      const end = crowded ? x(at) > LEFT + 100 : x(at) > LEFT + this.wide * 0.6;
+      const beside = crowded && !end ? x(what.haltedAt) : x(at);
+      marks.append(svg("text", { x: beside + (end ? -6 : 6), y: kind === "else" ? y(1) + 14 : y(1) - 4,
+        class: kind, "text-anchor": end ? "end" : "start" }, text));
     };
     if (what.otherAt !== null && what.otherAt !== what.haltedAt) {
       halt(what.otherAt, "other", `would halt at ${what.otherAt}`, "else");
@@ -107,8 +113,8 @@ export class RiskChart {
   }
 }
 
-// A probe's logits. Cut at 8 either way: beyond that a probability is 0 or 1 to three digits.
-const CUT = 8;
+// A probe's logits. Cut at 5 either way: beyond that the odds are under 1 to 148.
+const CUT = 5;
 
 export function drawEvidence(box, positions, probes, cause) {
   while (box.children.length > probes.length) box.lastChild.remove();

@@ -79,7 +79,7 @@ function drawHeader() {
     ["in flight", String(numbers.open)],
     ["held", String(numbers.held)],
     ...(engine ? [["slots", `${engine.used} of ${engine.slots}`], ["waiting", String(engine.waiting)]] : []),
-    ["unscored tokens", String(counts.unscored), counts.unscored ? "alarm" : ""],
+    ["unscored", String(counts.unscored), counts.unscored ? "alarm" : ""],
     ["refused", String(counts.refused)],
     ["errors", String(counts.errors), counts.errors ? "alarm" : ""],
     ...(counts.not_kept ? [["not shown", String(counts.not_kept), "alarm"]] : []),
@@ -90,8 +90,8 @@ function drawHeader() {
   if (halts !== drawHeader.drawn) {
     drawHeader.drawn = halts;
     const sum = (values) => values.reduce((a, b) => a + b, 0);
-    setText($("halts-count"), `${count(sum(halts.halts), "halt")} of ${sum(halts.ended)} ended, 10 min`);
-    setText($("halts-causes"), halts.causes.map(([cause, n]) => `${cause} ${n}`).join("  "));
+    setText($("halts-count"), `${count(sum(halts.halts), "halt")} of ${sum(halts.ended)} ended`);
+    setText($("halts-causes"), halts.causes.map(([cause, n]) => `${cause} ${n}`).join(", "));
     drawBars($("halts-bars"), halts.halts);
   }
   const notice = store.notices.at(-1);

@@ -35,7 +35,7 @@ export class Store {
         continue;
       }
       if (change.state === "halted" && row.state !== "halted") halted.push(row);
-      if (change.state !== row.state || change.ended !== row.ended) this.#stale = true;
+      if (change.state !== undefined) this.#stale = true;
       const whole = change.ended && !row.ended;
       const spark = whole ? change.spark : row.spark.concat(change.spark).slice(-SPARK);
       Object.assign(row, change, { spark });
