@@ -54,6 +54,7 @@ T = TypeVar("T")
 _PAGE = 16  # tokens of a page of the cache
 _AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
+_PART = 64  # events of a message
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
 
@@ -270,13 +271,22 @@ class Batching(BatchingAttachment):
         return reader
 
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
+        """Send what was told since the last time.
+
+        The server takes in one part while the next one is decoded.
+        """
+        at, free = ended or time.monotonic(), self.monitor.free_slots
         with self._telling:
             at, free = ended or time.monotonic(), self.monitor.free_slots
             told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
+<<<<<<< HEAD
+                if len(told) >= _PART:
+=======
                 if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
+>>>>>>> main
                     self._channel.send(Step(at, 0, None, free, told))
                     told = []
             if told or ended is not None:
