@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import pickle
 import socketserver
 import threading
 from array import array
@@ -15,10 +14,8 @@ from typing import Any
 
 import load_client
 import numpy as np
-import psutil
 import pytest
 import serve_load
-import torch
 from load_client import Tally
 from load_server import RECORD, key_of
 from scripted_engine import ScriptedEngine
@@ -29,7 +26,7 @@ from midstream.serve import serving
 from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.feed import Feed, Observer, Opened
-from midstream.serve.messages import Accepted, Left, Plan, Ready, Step
+from midstream.serve.messages import Accepted, Left, Ready, Step
 from midstream.serve.run import Server
 from midstream.streams import Event
 
@@ -203,6 +200,13 @@ def test_a_token_does_not_wait_for_those_who_look_on(monkeypatch: pytest.MonkeyP
         def event(self, stream: Opened, event: Event) -> None:
             order.append(f"{event.stream} seen")
 
+    class Silent:
+        def __init__(self, *parts: Any) -> None:
+            pass
+
+        def send(self, message: Any) -> None:
+            pass
+
     async def run() -> None:
         part = serving.Serving(None, None, Feed([Looks()]), None, None)  # type: ignore[arg-type]
         policy = testbed.load_bundle().policy
@@ -246,43 +250,6 @@ def test_the_garbage_collector_leaves_alone_what_is_there_at_the_start() -> None
         assert gc.get_freeze_count() > 10_000
     finally:
         gc.unfreeze()
-
-
-def test_the_worker_has_its_memory_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    from midstream.engines.hf.manager import WatchedManager
-    from midstream.serve.worker import build
-
-    here, claim, grown = psutil.Process(), WatchedManager.claim, []
-
-    def measured(manager: WatchedManager) -> None:
-        before = here.memory_info().rss
-        claim(manager)
-        grown.append(here.memory_info().rss - before)
-
-    monkeypatch.setattr(WatchedManager, "claim", measured)
-    plan = Plan(
-        model=None,
-        bundle=pickle.dumps(testbed.load_bundle()),
-        slots=2,
-        cache_tokens=1 << 16,  # of 4096 bytes
-        batch_tokens=64,
-        tier=None,
-        device="cpu",
-        threads=torch.get_num_threads(),
-    )
-    with build(Silent(), plan):  # type: ignore[arg-type]
-        assert len(grown) == 1
-    assert grown[0] > 0.9 * (1 << 16) * 4096
-
-
-class Silent:
-    """A worker, or a channel, of which nothing comes."""
-
-    def __init__(self, *parts: Any) -> None:
-        pass
-
-    def send(self, message: Any) -> None:
-        pass
 
 
 def test_a_slope_is_per_minute() -> None:
