@@ -30,10 +30,9 @@ from midstream.serve.settings import Settings
 from midstream.serve.sse import EventStream, leave_with_client
 
 _log = logging.getLogger(__name__)
+_TRACE = ("traceparent", "tracestate")
 _POLLED = ("/health", "/ready")
 _access = logging.getLogger("midstream.serve.access")
-
-_TRACE = ("traceparent", "tracestate")
 
 
 def create_app(
@@ -152,7 +151,7 @@ class Front:
             self._check_model(asked.model)
             chat = kind is ChatRequest
             stream_id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-            trace = {name: value for name in _TRACE if (value := request.headers.get(name))}
+            trace = {name: request.headers[name] for name in _TRACE if name in request.headers}
             ask = replace(asked.ask(stream_id, client, body, self.settings), trace=trace)
             try:
                 async with asyncio.timeout(self.settings.start_seconds):
