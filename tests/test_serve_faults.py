@@ -110,7 +110,7 @@ def test_an_exception_in_a_batch_ends_its_streams_and_another_worker_serves(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first two that are started in its place die, too."""
-    monkeypatch.setattr("midstream.serve.local.BACK_OFF", 0.05)
+    monkeypatch.setattr("midstream.serve.rotation.BACK_OFF", 0.05)
     flag, dead = tmp_path / "fail", tmp_path / "dead"
     with serving.house(main=partial(broken_workers.failing, str(flag), str(dead))) as house:
         engine, seen = house.engine, house.seen
