@@ -81,6 +81,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """Refuse what is not HTTP, with the standard error object."""
         self._refuse(ApiError(400, "this is not valid HTTP/1.1", code="invalid_http"))
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: any client can ask to speak WebSocket, and is answered in HTTP."""
+
     def _arm(self) -> None:
         if self._head_due is None:
             self._head_due = self.loop.call_later(self.settings.header_seconds, self._too_slow)
