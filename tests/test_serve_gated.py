@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 import serving
 import toy
@@ -21,11 +23,13 @@ from midstream.engines.hf import manager as seams
 from midstream.ledger.ledger import TurnRecord
 from midstream.ledger.memory import MemoryLedger
 from midstream.policy import PolicyError
+from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Opened
 from midstream.serve.gated import GatedEngine, HeldFeed
 from midstream.serve.local import ReloadError
+from midstream.serve.settings import Settings
 from midstream.streams import Event, StreamReport, Trace
 
 T = TypeVar("T")
@@ -414,6 +418,47 @@ def test_closing_waits_for_what_has_ended() -> None:
         return await events_of(stream)
 
     assert run(close())[-1].message == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_over_http(stream: bool) -> None:
+    house = House()
+    app = create_app(house.gated, house.feed, Settings(conversations=True))
+
+    async def ask_over_http(history: list[dict[str, str]]) -> list[dict[str, Any]]:
+        body = {
+            "model": "toy",
+            "messages": history,
+            "max_tokens": 16,
+            "stream": stream,
+            "midstream": {"conversation": "c"},
+        }
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://midstream"
+        ) as client:
+            answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        if not stream:
+            return [answer.json()]
+        *chunks, done = [line[6:] for line in answer.text.split("\n") if line]
+        assert done == "[DONE]"
+        return [json.loads(chunk) for chunk in chunks]
+
+    async def two() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        first = await ask_over_http(asks(OPENS))
+        return first, await ask_over_http(asks(OPENS, f"{OPENS} ", OPENS))
+
+    def said(chunks: list[dict[str, Any]]) -> str:
+        choices = [chunk["choices"][0] for chunk in chunks]
+        return "".join(
+            (c.get("delta") or c.get("message") or {}).get("content", "") for c in choices
+        )
+
+    delivered, withheld = run(two())
+    assert said(delivered) == f"{OPENS} "
+    assert said(withheld) == ""
+    assert withheld[-1]["choices"][0]["finish_reason"] == "content_filter"
+    assert withheld[-1]["midstream"]["cause"] == "turn gate: risk"
 
 
 needs_batching = pytest.mark.skipif(
