@@ -325,6 +325,13 @@ def test_text_without_blanks_waits_no_longer_than_it_must(sample: str) -> None:
         assert len(text.rest) < 40
 
 
+def test_nor_where_a_word_is_one_token_however_long() -> None:
+    text = GrowingText(literal(testbed.load()[1]))
+    for character in "xy" * 300:
+        text.push(character)
+        assert len(text.rest) <= LONGEST
+
+
 def test_a_prompt_does_not_swallow_the_text() -> None:
     tokenizer = literal(bpe(True))
     for before in ("The isl", "The ", "<end>", ""):
@@ -465,7 +472,7 @@ def test_a_sick_row_is_unscored_and_leaves_nothing_in_its_slot() -> None:
 
     with (
         model.model.embed_tokens.register_forward_hook(poison),
-        ForcedStreams(toy_monitor(slots=1), model, toy.tokenizer()) as forced,
+        ForcedStreams(toy_monitor(slots=2), model, toy.tokenizer()) as forced,
     ):
         sick[0] = True
         events = read(forced, "w5 w6", ["w7 w8 w9 w10 w11"])
@@ -473,7 +480,15 @@ def test_a_sick_row_is_unscored_and_leaves_nothing_in_its_slot() -> None:
         assert events[-1].report is not None
         assert events[-1].report.scored == 0
         sick[0] = False
-        assert text_of(read(forced, "w5", ["w7 w8"])) == "w7 w8"
+        # In the same slot, in one pass with a longer one, for which more of each row is read.
+        both = [forced.open(name, "w5" + " w6" * n) for name, n in (("long", 0), ("longer", 9))]
+        for stream in both:
+            stream.feed("w7 w8")
+            stream.finish("stop")
+        for events in run(forced).values():
+            assert text_of(events) == "w7 w8"
+            assert events[-1].report is not None
+            assert events[-1].report.unscored == 0
 
 
 def test_a_pass_that_fails_ends_its_streams_and_no_other(caplog: Any) -> None:
@@ -492,7 +507,7 @@ def test_a_pass_that_fails_ends_its_streams_and_no_other(caplog: Any) -> None:
         well.feed("w7 ")
         told = run(forced)
         broken[0] = True
-        ill.feed("w8 w9 ")
+        ill.feed("w8 w9 w10 w11 ")  # more rows than the next pass, and some taps were read
         told = run(forced)
         assert [event.type for event in told["ill"]] == ["error"]
         assert told["ill"][0].message == "the watching model failed: RuntimeError"

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -174,6 +174,11 @@ class Batching(BatchingAttachment):
             str, Request
         ] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._manager.claim()
+        return self
 
     @property
     def ready(self) -> Ready:
