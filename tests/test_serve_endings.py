@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from http_service import CHAT, CHATS, LONG, LONG_LIVED, PATIENCE, Service, wait_for
 
+from midstream import testbed
 from midstream.bundle import Bundle
 from midstream.serve import rotation
 from midstream.serve.engine import Ask
+from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
+from midstream.serve.local import LocalEngine
 from midstream.serve.relay import ClientGoneError, Relay
 from midstream.serve.rotation import ReloadError, Rotation
 from midstream.serve.serving import Serving
@@ -187,3 +191,15 @@ def test_an_end_while_the_server_starts_is_no_failure(rotating: Rotation) -> Non
             await starting
 
     run(end())
+
+
+def test_nobody_gets_a_looser_tier_than_the_server_was_started_with() -> None:
+    engine = LocalEngine(Feed(), tier="strict")
+    policy = testbed.load_bundle().policy
+    policy.tier_for("moderate")  # which would allow it
+    ready = SimpleNamespace(policy=policy, tier="strict")
+    engine._serving, engine._unready = SimpleNamespace(ready=ready, streams={}), None
+    asked = Ask("s", "testbed", None, "x", 9, tier="moderate")
+    with pytest.raises(ApiError, match="'moderate' is looser than this server allows") as refused:
+        run(engine.submit(asked))
+    assert (refused.value.status, refused.value.param) == (400, "midstream.tier")
