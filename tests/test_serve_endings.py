@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from midstream.serve.feed import Feed
 from midstream.serve.local import LocalEngine
 from midstream.serve.relay import ClientGoneError, Relay
 from midstream.serve.rotation import ReloadError, Rotation
+from midstream.serve.run import allow_sockets
 from midstream.serve.serving import Serving
 from midstream.serve.settings import Settings
 from midstream.streams import Event
@@ -216,3 +218,26 @@ def test_nobody_gets_a_looser_tier_than_the_server_was_started_with() -> None:
     with pytest.raises(ApiError, match="'moderate' is looser than this server allows") as refused:
         run(engine.submit(asked))
     assert (refused.value.status, refused.value.param) == (400, "midstream.tier")
+
+
+# -- the server -----------------------------------------------------------------------------------
+
+
+def test_the_limit_of_open_files_is_raised_for_its_connections(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = 2048 if before[1] == resource.RLIM_INFINITY else before[1]
+    wanted = min(hard, 2048) - 256
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        allow_sockets(wanted)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted + 256, before[1])
+        assert not caplog.text
+        allow_sockets(8)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted + 256, before[1])
+        if before[1] != resource.RLIM_INFINITY:
+            allow_sockets(before[1])
+            assert f"{before[1]} files may be open" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
