@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from http_service import CHAT, CHATS, LONG_LIVED, PATIENCE, Service, read_all, wait_for
+from http_service import CHAT, CHATS, LONG_LIVED, PATIENCE, Service, fault, read_all, wait_for
 
 from midstream import testbed
 from midstream.bundle import Bundle
@@ -17,6 +17,8 @@ from midstream.serve import rotation
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
+from midstream.serve.live import Live
+from midstream.serve.live_routes import live_router
 from midstream.serve.local import LocalEngine
 from midstream.serve.relay import ClientGoneError, Relay
 from midstream.serve.rotation import ReloadError, Rotation
@@ -241,3 +243,11 @@ def test_the_limit_of_open_files_is_raised_for_its_connections(
             assert f"{before[1]} files may be open" in caplog.text
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_path_that_is_no_number_gets_the_standard_error() -> None:
+    service = Service(routers=[live_router(Live(), lambda key: False)])
+    for path in ("x", "9" * 5000):
+        response = service.request("GET", f"/live/streams/{path}")
+        assert fault(response, 404)["code"] == "not_found"
+        assert path not in response.text

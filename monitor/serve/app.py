@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,6 +70,7 @@ def create_app(
         app.include_router(router)
     app.add_exception_handler(ApiError, front.refused)
     app.add_exception_handler(HTTPException, front.refused)
+    app.add_exception_handler(RequestValidationError, front.refused)
     app.add_exception_handler(ClientGoneError, front.gone)
     app.add_exception_handler(Exception, front.failed)
     app.add_middleware(AccessLog)
@@ -207,6 +209,8 @@ class Front:
 
     async def refused(self, request: Request, error: Exception) -> Response:
         """Answer a request that is refused."""
+        if isinstance(error, RequestValidationError):  # FastAPI checks only paths here
+            error = HTTPException(404)
         if isinstance(error, HTTPException):
             phrase = {404: "there is nothing here", 405: "this method does nothing here"}
             said = phrase.get(error.status_code, "this request is not served")
