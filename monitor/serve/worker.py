@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from time import perf_counter
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -52,9 +52,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
-_AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
-_PART = 64  # events of a message
+_PART = 32  # events of a message
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
 
@@ -176,11 +175,6 @@ class Batching(BatchingAttachment):
         ] = {}  # those that the server does not know to have ended
         self._rows, self._judge_seconds = 0, 0.0
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self._manager.claim()
-        return self
-
     @property
     def ready(self) -> Ready:
         """What is told of it at its start."""
@@ -277,16 +271,11 @@ class Batching(BatchingAttachment):
         """
         at, free = ended or time.monotonic(), self.monitor.free_slots
         with self._telling:
-            at, free = ended or time.monotonic(), self.monitor.free_slots
             told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
-<<<<<<< HEAD
                 if len(told) >= _PART:
-=======
-                if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
->>>>>>> main
                     self._channel.send(Step(at, 0, None, free, told))
                     told = []
             if told or ended is not None:
