@@ -209,7 +209,7 @@ class Batching(BatchingAttachment):
         except ApiError as error:
             return Refused(asked.stream, error.status, error.message, error.code, error.param)
         except PolicyError as error:
-            return Refused(asked.stream, 400, str(error), "invalid_tier", "tier")
+            return Refused(asked.stream, 400, str(error), "invalid_tier", "midstream.tier")
         except ValueError as error:
             return Refused(asked.stream, 400, str(error), "invalid_value", None)
         except Exception:

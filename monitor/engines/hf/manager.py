@@ -93,14 +93,6 @@ class WatchedManager(ContinuousBatchingManager):
         assert self.batch_processor is not None  # until the loop was stopped
         return self.batch_processor
 
-    def claim(self) -> None:
-        """Have all pages of the cache from the system; before the first request.
-
-        It gives those of zeros one by one, when they are first written, so that the process would
-        grow for as long as there are some, and might be killed for it in the middle of a response.
-        """
-        self._processor.cache.cache_tensor.zero_()
-
     def drop(self, request_id: str) -> None:
         """Take a request out, at once: its name may be that of another from now on.
 
