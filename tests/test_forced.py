@@ -14,7 +14,7 @@ import torch
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from midstream import testbed
@@ -325,6 +325,21 @@ def test_text_without_blanks_waits_no_longer_than_it_must(sample: str) -> None:
         assert len(text.rest) < 40
 
 
+def test_newlines_may_belong_to_what_is_before_them() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("\u010a", "\u010a"), (".", "\u010a\u010a")]
+    names = [*alphabet, *("".join(pair) for pair in merges)]
+    inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    split = pre_tokenizers.Split(Regex(r"[^\s\p{L}]+[\r\n]*|\s+|\p{L}+"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    for text in ("far.\n\nso.\n\n\n ", "a.\n\n", ".\n"):
+        assert 257 in inner.encode(text).ids or text == ".\n"
+        pieces, grew = grown(inner, list(text))
+        assert [piece.token for piece in pieces] == inner.encode(text).ids
+        assert grew.seams == 0
+
+
 def test_nor_where_a_word_is_one_token_however_long() -> None:
     text = GrowingText(literal(testbed.load()[1]))
     for character in "xy" * 300:
@@ -470,18 +485,20 @@ def test_a_sick_row_is_unscored_and_leaves_nothing_in_its_slot() -> None:
     def poison(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * torch.nan if sick[0] else output
 
+    # A probe behind the attention, which a NaN in a key or a value would reach.
+    monitor = toy.monitor(model, probes=[deep(model)], tiers=NEVER, slots=2, trace=CHUNK)
     with (
         model.model.embed_tokens.register_forward_hook(poison),
-        ForcedStreams(toy_monitor(slots=2), model, toy.tokenizer()) as forced,
+        ForcedStreams(monitor, model, toy.tokenizer()) as forced,
     ):
         sick[0] = True
-        events = read(forced, "w5 w6", ["w7 w8 w9 w10 w11"])
+        events = read(forced, "w5 w6", ["w7 w8 w9 w10 w11 " * 3])
         assert text_of(events) == ""  # on_unscored: hold
         assert events[-1].report is not None
         assert events[-1].report.scored == 0
         sick[0] = False
         # In the same slot, in one pass with a longer one, for which more of each row is read.
-        both = [forced.open(name, "w5" + " w6" * n) for name, n in (("long", 0), ("longer", 9))]
+        both = [forced.open(name, "w5" + " w6" * n) for name, n in (("long", 4), ("longer", 12))]
         for stream in both:
             stream.feed("w7 w8")
             stream.finish("stop")

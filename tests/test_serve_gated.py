@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -477,3 +478,51 @@ def test_the_local_engine_starts_from_the_prior() -> None:
         _, carried = house.run(answer(house.engine, serving.ask(1, prior=certain, **options)))
     assert plain[-1].message == "length"
     assert carried[-1].message == "content_filter"
+
+
+class Late(HeldFeed):
+    """Told some turns of the loop after whoever reads the stream, as by the local engine."""
+
+    def event(self, stream: Opened, event: Event) -> None:
+        tell = partial(super().event, stream, event)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, loop.call_soon, tell)
+
+
+@pytest.mark.parametrize("words", ["well break", "well wait", "well halt", "well well"])
+def test_an_engine_that_tells_its_feed_late_tells_nothing_twice(words: str) -> None:
+    house = House()
+    house.feed = Late([house.seen])
+    house.engine.feed = house.gated._feed = house.feed
+
+    async def ask_and_leave() -> list[Event]:
+        stream = await house.gated.submit(ask(asks(words)))
+        if "wait" in words:
+            stream.cancel()
+        events = await events_of(stream)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        return events
+
+    events = run(ask_and_leave())
+    assert [*house.seen.streams.values()] == [events]
+    assert house.feed.failures == 0
+    assert house.feed._held == {}
+    if words != "well well":
+        assert text_of(events) == ""
+        assert (events[-1].delivered, events[-1].delivered_unscored) == (0, 0)
+
+
+def test_a_stream_that_the_gate_refuses_ends_for_those_who_look_on() -> None:
+    house = House()
+    house.engine.bundle = bundle(hold_back=3)  # as while a reload is under way
+
+    async def refused() -> None:
+        with pytest.raises(ApiError, match="just changed"):
+            await house.gated.submit(ask(asks("well wait")))
+        while house.feed._held:
+            await asyncio.sleep(0)
+
+    run(refused())
+    ((*_, last),) = house.seen.streams.values()
+    assert (last.message, last.delivered) == ("cancelled", 0)

@@ -73,7 +73,7 @@ def test_streams_are_served_to_their_end(house: House) -> None:
 
 def test_a_cancelled_stream_ends_and_gives_its_slot_back(house: House, pause: Path) -> None:
     async def cancel() -> Any:
-        pause.touch()
+        pause.write_text("5")
         streams = [await house.engine.submit(ask(1)) for _ in range(5)]  # the last one waits
         while not all(text_of(house.seen.streams[s.ask.stream]) for s in streams[:4]):
             await asyncio.sleep(0.01)
@@ -108,7 +108,7 @@ def test_what_cannot_be_served_is_refused_with_a_code(house: House) -> None:
 
 def test_whoever_looks_closely_is_told_every_token(house: House, pause: Path) -> None:
     async def look() -> Any:
-        pause.touch()
+        pause.write_text("2")
         stream = await house.engine.submit(ask(1))
         other = await house.engine.submit(ask(2))
         house.engine.look_closely(stream.ask.stream, True)

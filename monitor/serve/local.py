@@ -43,7 +43,8 @@ class LocalEngine(Rotation):
     names : sequence of str, optional
         Under which the model is asked for; the folder's name when not given.
     tier : str, optional
-        Of requests that ask for none; the policy's own when not given.
+        The loosest that may be asked for, and that of requests that ask for none; the policy's own
+        when not given.
     slots : int
         Streams that are written at a time.
     max_waiting : int
@@ -109,9 +110,10 @@ class LocalEngine(Rotation):
                 param="model",
             )
         try:
-            serving.ready.policy.tier_for(ask.tier)
+            server = None if self._plan["tier"] is None else serving.ready.tier
+            serving.ready.policy.tier_for(ask.tier, server)
         except PolicyError as error:
-            raise ApiError(400, str(error), code="invalid_tier", param="tier") from error
+            raise ApiError(400, str(error), code="invalid_tier", param="midstream.tier") from error
         if ask.stream in serving.streams:
             raise ValueError(f"stream {ask.stream!r} is there already; ids are for one stream each")
         if len(serving.streams) >= self._slots + self._max_waiting:

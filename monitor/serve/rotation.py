@@ -56,6 +56,7 @@ class Rotation:
         self._draining: set[Serving] = set()
         self._judged = Judged()
         self._changing = asyncio.Lock()
+        self._starting: asyncio.Task[None] | None = None
         self._unready: str | None = "it was not started"
         self._retry_after: float | None = None
         self._bundle: Bundle | None = None
@@ -85,8 +86,8 @@ class Rotation:
         """
         self._unready = "the model is being loaded"
         try:
-            bundle = await asyncio.to_thread(_load, self._folder)
             async with self._changing:
+                bundle = await asyncio.to_thread(_load, self._folder)
                 serving = await self._install(bundle)
         except BaseException:
             self._unready = "the model could not be loaded"
@@ -133,6 +134,8 @@ class Rotation:
         if self._closing:
             return
         self._closing, self._unready = True, "the server is shutting down"
+        if self._starting is not None:  # no stream is to wait for a model that is being loaded
+            self._starting.cancel()
         async with self._changing:
             live = self._live
         if not await _all_idle(live, drain):
@@ -154,7 +157,16 @@ class Rotation:
         """Start a worker with the bundle and send new requests there; the lock is held."""
         plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
         serving = self._serve(plan, self._main, self.feed, self._judged, self._lost)
-        await serving.start()
+        self._starting = asyncio.get_running_loop().create_task(serving.start())
+        try:
+            await self._starting
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise WorkerError("the server is shutting down") from None
+        finally:
+            self._starting = None
         if serving.ending:  # it was gone as soon as it had said that it serves
             raise WorkerError(serving.failure or f"the model's process {serving.ending}")
         self._bundle = bundle
@@ -207,6 +219,8 @@ class Rotation:
                         return
                     serving = await self._install(self._bundle)
             except (WorkerError, OSError) as error:
+                if self._closing:
+                    return
                 wait = self._failed("the model's process could not start", str(error))
                 continue
             facts = {"bundle": self._bundle.hash, "pid": serving.worker.pid}
