@@ -248,11 +248,30 @@ def test_the_garbage_collector_leaves_alone_what_is_there_at_the_start() -> None
         feed = Feed()
         await Server(create_app(ScriptedEngine(feed), feed), drain=0.0)._start(nothing)
 
+    thresholds = gc.get_threshold()
     try:
         asyncio.run(run())
         assert gc.get_freeze_count() > 10_000
+        collections = gc.get_stats()[2]["collections"]
+        _Cycle.alive = 0
+        for _ in range(30_000):  # as the streams that ended may
+            _Cycle()
+        assert gc.get_stats()[2]["collections"] > collections
+        assert _Cycle.alive < 20_000
     finally:
         gc.unfreeze()
+        gc.set_threshold(*thresholds)
+
+
+class _Cycle:
+    alive = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+        _Cycle.alive += 1
+
+    def __del__(self) -> None:
+        _Cycle.alive -= 1
 
 
 def test_a_slope_is_per_minute() -> None:
