@@ -16,7 +16,9 @@ import pytest
 import reading_toys
 from fake_upstream import Connection, FakeUpstream, chunk, event
 from serving import PATIENCE, Seen, events_of, text_of
+from typer.testing import CliRunner
 
+from midstream.cli import app as cli
 from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
@@ -654,3 +656,25 @@ def test_a_killed_worker_and_a_shut_down_leave_nothing_open() -> None:
     with proxy() as made:
         made.run(killed(made))
         made.run(shut_down(made))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--upstream", "ftp://host/v1"], "expected http(s)://host/v1"),
+        (["--upstream", "http://host/v1", "--upstream-key", "open"], "only its owner can read"),
+        (["--upstream", "http://host/v1", "--upstream-key", "two words"], "printable ASCII"),
+        (["--upstream", "http://host/v1", "--model", "m"], "give --bundle"),
+    ],
+)
+def test_the_command_refuses_what_cannot_work(
+    options: list[str], told: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    for name, mode in (("open", 0o644), ("two words", 0o600)):
+        (tmp_path / name).write_text("two words")
+        (tmp_path / name).chmod(mode)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["proxy", "--upstream-model", "theirs", *options])
+    assert result.exit_code != 0
+    assert told in " ".join(f"{result.output} {result.exception}".split())
+    assert "two words" not in str(result.exception)
