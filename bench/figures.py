@@ -174,6 +174,18 @@ BENCHES: dict[str, tuple[str, dict[str, tuple[str, str | None]]]] = {
             "naive_tpot_ratio_16": ("ratio", None),
         },
     ),
+    "serve": (
+        "python bench/serve_load.py",
+        {
+            "serve_p99_added_ms_200_streams": ("ms", "≤ 2"),
+            "serve_rss_slope_mb_per_min": ("MB per minute", "flat"),
+        },
+    ),
+    "proxy": ("python bench/proxy_overhead.py", {"proxy_added_ms": ("ms", "≤ 5")}),
+    "audit": (
+        "python bench/audit_kill.py",
+        {"audit_lost_records_after_kill": ("records", "0")},
+    ),
     "ledger": (
         "python bench/ledger.py",
         {"ledger_updates_per_second": ("turns per second", "≥ 2000")},

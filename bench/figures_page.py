@@ -53,6 +53,10 @@ ROWS = {
     "r_judge_fpr": "safe ones flagged",
     "r_judge_lead_steps": "lead of the flag, steps",
     "action_gate_p99_us": "action gate, p99 over calls (best of five, CPU time), microseconds",
+    "serve_p99_added_ms_200_streams": "what the service adds to a token, 200 streams, p99, ms",
+    "serve_rss_slope_mb_per_min": "growth of its memory under that load, MB per minute",
+    "proxy_added_ms": "what the proxy adds to a token, 50 streams, ms",
+    "audit_lost_records_after_kill": "acknowledged audit records missing after kill -9",
     "ledger_updates_per_second": "turns written to SQLite, durably, per second",
 }
 

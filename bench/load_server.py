@@ -18,6 +18,7 @@ from typing import Any
 from midstream.serve.channel import Channel
 from midstream.serve.local import LocalEngine, serve_model
 from midstream.serve.messages import Left, Plan, Step
+from midstream.streams import Event
 
 RECORD = struct.Struct("12sd")
 """End of a stream's id, and `time.monotonic` when the step was done that let some text of it go."""
@@ -47,9 +48,9 @@ class _Noting:
             ended = message.ended
             self._log.write(
                 b"".join(
-                    RECORD.pack(key_of(told.stream), ended)
+                    RECORD.pack(key_of(left.stream), ended)
                     for told in message.told
-                    if isinstance(told, Left) and told.text
+                    if not isinstance(told, Event) and (left := Left(*told)).text
                 )
             )
 

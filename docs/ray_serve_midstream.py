@@ -1,6 +1,7 @@
-"""Replicas of midstream's service on Ray Serve, with one ledger for the turns of conversations.
+r"""Replicas of midstream's service on Ray Serve, with one ledger for the turns of conversations.
 
-    serve run ray_serve_midstream:app ledger=redis://HOST:6379/0 model=FOLDER bundle=FOLDER
+    serve run --working-dir . ray_serve_midstream:app \
+        ledger=redis://HOST:6379/0 model=FOLDER bundle=FOLDER
 
 Ray sends a request to whichever replica is free. A conversation may therefore come to another one
 with its next turn: the ledger is what they share, so that they decide as one process does. The

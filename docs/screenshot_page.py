@@ -1,6 +1,6 @@
-"""Takes docs/page.png: the live page over the testbed's model, served by `LocalEngine`.
+"""Takes docs/page.png: the live page of ``midstream serve --page text`` with the testbed's model.
 
-    python docs/screenshot_page.py [--out docs/page.png] [--scheme light] [--seed 0]
+    python docs/screenshot_page.py [--out docs/page.png] [--scheme light] [--size 1280x800]
 
 Needs Chromium on the PATH. Clients ask for tokens until a stream was halted that is long enough
 to look at; its replay is then set to a lower level.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import re
 import shutil
-import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,23 @@ import httpx
 from playwright.async_api import Page, async_playwright
 
 from midstream import testbed
-from midstream.serve.app import create_app
-from midstream.serve.feed import Feed
-from midstream.serve.live import Live
-from midstream.serve.live_routes import live_router
-from midstream.serve.local import LocalEngine
-from midstream.serve.run import Server
-from midstream.serve.settings import Settings
 
 CLIENTS = 28
-SLOTS = 24
+SERVE = """
+import sys
+from midstream.cli import main
+sys.argv = "midstream serve --port 0 --page text --slots 24 --drain 2".split()
+main()
+"""
 LONG = 24  # tokens that a halted stream has let go
 TIERS = ("moderate", "moderate", "strict")
 
 
-async def ask_on(url: str, client: int, seed: int) -> None:
+async def ask_on(url: str, client: int) -> None:
     """One response after the other."""
     async with httpx.AsyncClient(timeout=120) as http:
         for n in itertools.count():
-            prompt = testbed.sample_prompt(seed, client * 1000 + n)
+            prompt = testbed.sample_prompt(0, client * 1000 + n)
             body = {
                 "model": "testbed",
                 "prompt": list(prompt.ids),
@@ -70,22 +69,33 @@ async def look(page: Page, url: str) -> None:
     await page.locator("#level").blur()
 
 
-async def main(out: Path, scheme: Any, seed: int, width: int, height: int) -> None:
+async def listening(serving: asyncio.subprocess.Process) -> str:
+    """Address that the server says it listens on."""
+    assert serving.stderr is not None
+    async for line in serving.stderr:
+        if found := re.search(rb"listening on (\S+)", line):
+            return found[1].decode()
+    raise SystemExit("midstream serve ended without listening")
+
+
+async def ready(url: str) -> None:
+    """Wait until the model is loaded."""
+    async with httpx.AsyncClient() as http:
+        while (await http.get(f"{url}/ready")).status_code != 200:
+            await asyncio.sleep(0.2)
+
+
+async def main(out: Path, scheme: Any, width: int, height: int) -> None:
     """Serve, ask, look."""
-    bundle = testbed.load_bundle()
-    live = Live({bundle.hash: bundle}.get, text=True)
-    feed = Feed([live])
-    engine = LocalEngine(feed, slots=SLOTS)
-    live.look_closely = engine.look_closely
-    app = create_app(engine, feed, Settings(), routers=[live_router(live)])
-    server = Server(app, drain=5.0, start=engine.start)
-    sock = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    serving = asyncio.create_task(server.serve([sock]))
-    while engine.unready is not None:
-        await asyncio.sleep(0.1)
-    clients = [asyncio.create_task(ask_on(url, n, seed)) for n in range(CLIENTS)]
-    async with async_playwright() as playwright:
+    serving = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(300), asyncio.TaskGroup() as tasks, async_playwright() as playwright:
+        url = await listening(serving)
+        assert serving.stderr is not None
+        background = [tasks.create_task(serving.stderr.read())]
+        await ready(url)
+        background += [tasks.create_task(ask_on(url, n)) for n in range(CLIENTS)]
         browser = await playwright.chromium.launch(
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
             args=["--no-sandbox"],
@@ -93,15 +103,13 @@ async def main(out: Path, scheme: Any, seed: int, width: int, height: int) -> No
         page = await browser.new_page(
             viewport={"width": width, "height": height}, color_scheme=scheme
         )
-        async with asyncio.timeout(120):
-            await look(page, url)
+        await look(page, url)
         await page.screenshot(path=out, full_page=width < 900)
         await browser.close()
-    for client in clients:
-        client.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
-    server.drain()
-    await serving
+        for task in background:
+            task.cancel()
+    serving.terminate()
+    await serving.wait()
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
 
 
@@ -109,8 +117,7 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path, default=Path(__file__).with_name("page.png"))
     options.add_argument("--scheme", choices=("light", "dark"), default="light")
-    options.add_argument("--seed", type=int, default=0)
     options.add_argument("--size", default="1280x800")
     chosen = options.parse_args()
     wide, high = map(int, chosen.size.split("x"))
-    asyncio.run(main(chosen.out, chosen.scheme, chosen.seed, wide, high))
+    asyncio.run(main(chosen.out, chosen.scheme, wide, high))

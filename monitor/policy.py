@@ -290,22 +290,29 @@ class Policy(_Strict):
         """The loosest tier a client may ask for."""
         return self.loosest_tier or self.default_tier
 
-    def tier_for(self, requested: str | None) -> TierName:
+    def tier_for(self, requested: str | None, server: TierName | None = None) -> TierName:
         """Return the tier of a request, which may be stricter than the server's, never looser.
+
+        Parameters
+        ----------
+        requested : str, optional
+        server : str, optional
+            What the server was started with, in place of ``default_tier`` and ``loosest_tier``.
 
         Raises
         ------
         PolicyError
-            For an unknown tier, or one looser than ``loosest_tier``.
+            For an unknown tier, or one looser than the loosest.
         """
         if requested is None:
-            return self.default_tier
+            return server or self.default_tier
+        loosest = server or self.loosest
         for name in self.tiers:
             if name == requested:
-                if _looser(name, self.loosest):
+                if _looser(name, loosest):
                     raise PolicyError(
                         f"tier {name!r} is looser than this server allows; "
-                        f"the loosest is {self.loosest!r}"
+                        f"the loosest is {loosest!r}"
                     )
                 return name
         raise PolicyError(self._no_tier(requested))

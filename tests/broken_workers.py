@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ def failing(flag: str, dead: str, channel: Channel, plan: Any) -> None:
     While the other one is there, no worker starts.
     """
     if Path(dead).exists():
-        raise SystemExit(7)
+        os._exit(7)
     judge = worker.Batching.judge
 
     def broken(self: worker.Batching, scores: Any) -> Any:
@@ -30,14 +32,22 @@ def failing(flag: str, dead: str, channel: Channel, plan: Any) -> None:
 
 
 def pausing(flag: str, channel: Channel, plan: Any) -> None:
-    """No step begins while the file is there and some stream has written three tokens."""
+    """While the file is there, nothing begins before as many requests are there as it says.
+
+    These then begin together, and stand still when one has written three tokens.
+    """
     before = worker.Batching.before_step
+
+    def holds(self: worker.Batching) -> bool:
+        with suppress(FileNotFoundError):
+            together = int(Path(flag).read_text() or 1)
+            written = [request.response_tokens for request in list(self._requests.values())]
+            return bool(written) and (len(written) < together or max(written) > 2)
+        return False
 
     def waits(self: worker.Batching) -> None:
         before(self)
-        while Path(flag).exists() and any(
-            request.response_tokens > 2 for request in list(self._requests.values())
-        ):
+        while holds(self):
             time.sleep(0.005)
             before(self)  # what is cancelled meanwhile ends
 

@@ -19,7 +19,7 @@ TEXT = {"model": "testbed", "prompt": "The urn"}
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 LONG_LIVED = {"pieces": ["x"] * 4096, "risks": [0.1] * 4096, "delay": 0.01}
 LONG = {"stream": True, "max_tokens": 4096}  # of a request for that
-PATIENCE = 60.0  # seconds; against hanging, never a measure
+PATIENCE = 120.0  # seconds; against hanging, never a measure
 
 
 class Draining(ScriptedEngine):

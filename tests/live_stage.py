@@ -6,16 +6,20 @@ import socket
 import threading
 from contextlib import contextmanager
 
+import httpx
 import toy
 import uvicorn
 from fastapi import FastAPI
 from scripted_engine import BUNDLE, ScriptedEngine
 
 from midstream.policy import Thresholds
+from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.feed import Feed
 from midstream.serve.live import Live
 from midstream.serve.live_routes import live_router
+from midstream.serve.local import LocalEngine
+from midstream.serve.settings import Settings
 
 LEVELS = {
     "strict": Thresholds(horizon=24, halt_at=0.25),
@@ -45,23 +49,27 @@ def ask(name, **fields):
 class Stage:
     """Runs a server in a thread. Use as a context manager."""
 
-    def __init__(self, *, operator=None, bundle=None, port=0, **options):
+    def __init__(self, *, operator=None, bundle=None, bundles=None, port=0, **options):
         self.closely = []
         self.live = Live(
-            bundle_of(bundle or a_bundle()),
+            bundle_of(bundle or a_bundle()) if bundles is None else bundles,
             look_closely=lambda stream, on: self.closely.append((stream, on)),
             **{"text": True, **options},
         )
         self.feed = Feed([self.live])
-        app = FastAPI()
-        app.include_router(live_router(self.live, operator))
+        self._engines = []
+        app = self.app(live_router(self.live, operator))
         self._server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
         )
         self._socket = socket.create_server(("127.0.0.1", port))
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._engines = []
+
+    def app(self, router):
+        app = FastAPI()
+        app.include_router(router)
+        return app
 
     def __enter__(self):
         ready = threading.Event()
@@ -107,8 +115,32 @@ class Stage:
 
         return self._in_loop(now())
 
-    def _in_loop(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+    def _in_loop(self, coroutine, seconds=60):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
+
+
+class TestbedStage(Stage):
+    """Serves the testbed's model, as ``midstream serve`` does."""
+
+    __test__ = False
+
+    def app(self, router):
+        self.engine = LocalEngine(self.feed, slots=4)
+        self._engines = [self.engine]
+        self.live.look_closely = self.engine.look_closely
+        return create_app(self.engine, self.feed, Settings(), routers=[router])
+
+    def __enter__(self):
+        super().__enter__()
+        self._in_loop(self.engine.start(), 120)
+        return self
+
+    def complete(self, prompt, **fields):
+        """Ask for a response, and wait for it."""
+        body = {"model": "testbed", "prompt": list(prompt.ids), "max_tokens": 120, **fields}
+        answer = httpx.post(f"{self.url}v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
 
 def find_browser():

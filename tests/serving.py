@@ -15,7 +15,7 @@ from midstream.serve.local import LocalEngine
 from midstream.streams import Event
 
 T = TypeVar("T")
-PATIENCE = 120.0  # seconds, against hanging
+PATIENCE = 300.0  # seconds, against hanging
 
 _ids = itertools.count()
 

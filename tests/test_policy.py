@@ -326,6 +326,13 @@ def test_a_client_never_gets_a_looser_tier_than_the_server_allows(policy, reques
             policy.tier_for(requested)
 
 
+def test_a_server_may_be_stricter_than_its_policy():
+    policy = Policy.from_yaml(EXAMPLE + "loosest_tier: loose\n")
+    assert policy.tier_for(None, "strict") == policy.tier_for("strict", "strict") == "strict"
+    with pytest.raises(PolicyError, match=r"'moderate' is looser than .*; the loosest is 'strict'"):
+        policy.tier_for("moderate", "strict")
+
+
 def test_the_loosest_tier_is_the_default_unless_given():
     policy = Policy.from_yaml(EXAMPLE)
     assert policy.tier_for("strict") == "strict"

@@ -34,8 +34,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-async def begun(house: House, count: int) -> list[Any]:
-    """Streams that have all released something, and then pause."""
+async def begun(house: House, pause: Path, count: int = 4) -> list[Any]:
+    """Streams that have all released something, and stand still while the file is there."""
+    pause.write_text(str(count))
     streams = [await house.engine.submit(ask(i, tier="loose")) for i in range(count)]
     for stream in streams:
         while not text_of(house.seen.streams[stream.ask.stream]):
@@ -73,9 +74,8 @@ def test_a_killed_worker_ends_its_streams_and_another_serves(
         engine, seen = house.engine, house.seen
 
         async def kill() -> Any:
-            flag.touch()
             (folder / "policy.yaml").write_text("tiers: [bananas]\n")
-            streams = await begun(house, 4)
+            streams = await begun(house, flag)
             waiting = await engine.submit(ask(5))
             killed = pid_of(house)
             os.kill(killed, signal.SIGKILL)
@@ -110,7 +110,7 @@ def test_an_exception_in_a_batch_ends_its_streams_and_another_worker_serves(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first two that are started in its place die, too."""
-    monkeypatch.setattr("midstream.serve.local.BACK_OFF", 0.05)
+    monkeypatch.setattr("midstream.serve.rotation.BACK_OFF", 0.05)
     flag, dead = tmp_path / "fail", tmp_path / "dead"
     with serving.house(main=partial(broken_workers.failing, str(flag), str(dead))) as house:
         engine, seen = house.engine, house.seen
@@ -184,8 +184,8 @@ def test_streams_finish_under_the_bundle_that_they_began_with(
     engine, seen = house.engine, house.seen
 
     async def swap() -> Any:
-        flag.touch()
-        streams = await begun(house, 4)
+        streams = await begun(house, flag)
+        flag.write_text("1")  # they stand still, and one on another worker need not wait for more
         waiting = await engine.submit(ask(5, tier="loose"))
         before = pid_of(house)
         reloading = asyncio.create_task(engine.reload(bundles / "halts_all"))
@@ -292,8 +292,7 @@ def test_closing_cuts_what_does_not_end_in_time(tmp_path: Path) -> None:
 
     async def close() -> Any:
         await house.engine.start()
-        flag.touch()
-        streams = await begun(house, 4)
+        streams = await begun(house, flag)
         waiting = await house.engine.submit(ask(5))
         await house.engine.close(0.2)
         return [await events_of(stream) for stream in (*streams, waiting)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 import serving
 import toy
@@ -21,11 +24,13 @@ from midstream.engines.hf import manager as seams
 from midstream.ledger.ledger import TurnRecord
 from midstream.ledger.memory import MemoryLedger
 from midstream.policy import PolicyError
+from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Opened
 from midstream.serve.gated import GatedEngine, HeldFeed
 from midstream.serve.local import ReloadError
+from midstream.serve.settings import Settings
 from midstream.streams import Event, StreamReport, Trace
 
 T = TypeVar("T")
@@ -416,6 +421,47 @@ def test_closing_waits_for_what_has_ended() -> None:
     assert run(close())[-1].message == "cancelled"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_over_http(stream: bool) -> None:
+    house = House()
+    app = create_app(house.gated, house.feed, Settings(conversations=True))
+
+    async def ask_over_http(history: list[dict[str, str]]) -> list[dict[str, Any]]:
+        body = {
+            "model": "toy",
+            "messages": history,
+            "max_tokens": 16,
+            "stream": stream,
+            "midstream": {"conversation": "c"},
+        }
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://midstream"
+        ) as client:
+            answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        if not stream:
+            return [answer.json()]
+        *chunks, done = [line[6:] for line in answer.text.split("\n") if line]
+        assert done == "[DONE]"
+        return [json.loads(chunk) for chunk in chunks]
+
+    async def two() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        first = await ask_over_http(asks(OPENS))
+        return first, await ask_over_http(asks(OPENS, f"{OPENS} ", OPENS))
+
+    def said(chunks: list[dict[str, Any]]) -> str:
+        choices = [chunk["choices"][0] for chunk in chunks]
+        return "".join(
+            (c.get("delta") or c.get("message") or {}).get("content", "") for c in choices
+        )
+
+    delivered, withheld = run(two())
+    assert said(delivered) == f"{OPENS} "
+    assert said(withheld) == ""
+    assert withheld[-1]["choices"][0]["finish_reason"] == "content_filter"
+    assert withheld[-1]["midstream"]["cause"] == "turn gate: risk"
+
+
 needs_batching = pytest.mark.skipif(
     not transformers.__version__.startswith(f"{seams.VERSION}."),
     reason=f"continuous batching is watched in transformers {seams.VERSION} only",
@@ -432,3 +478,51 @@ def test_the_local_engine_starts_from_the_prior() -> None:
         _, carried = house.run(answer(house.engine, serving.ask(1, prior=certain, **options)))
     assert plain[-1].message == "length"
     assert carried[-1].message == "content_filter"
+
+
+class Late(HeldFeed):
+    """Told some turns of the loop after whoever reads the stream, as by the local engine."""
+
+    def event(self, stream: Opened, event: Event) -> None:
+        tell = partial(super().event, stream, event)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, loop.call_soon, tell)
+
+
+@pytest.mark.parametrize("words", ["well break", "well wait", "well halt", "well well"])
+def test_an_engine_that_tells_its_feed_late_tells_nothing_twice(words: str) -> None:
+    house = House()
+    house.feed = Late([house.seen])
+    house.engine.feed = house.gated._feed = house.feed
+
+    async def ask_and_leave() -> list[Event]:
+        stream = await house.gated.submit(ask(asks(words)))
+        if "wait" in words:
+            stream.cancel()
+        events = await events_of(stream)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        return events
+
+    events = run(ask_and_leave())
+    assert [*house.seen.streams.values()] == [events]
+    assert house.feed.failures == 0
+    assert house.feed._held == {}
+    if words != "well well":
+        assert text_of(events) == ""
+        assert (events[-1].delivered, events[-1].delivered_unscored) == (0, 0)
+
+
+def test_a_stream_that_the_gate_refuses_ends_for_those_who_look_on() -> None:
+    house = House()
+    house.engine.bundle = bundle(hold_back=3)  # as while a reload is under way
+
+    async def refused() -> None:
+        with pytest.raises(ApiError, match="just changed"):
+            await house.gated.submit(ask(asks("well wait")))
+        while house.feed._held:
+            await asyncio.sleep(0)
+
+    run(refused())
+    ((*_, last),) = house.seen.streams.values()
+    assert (last.message, last.delivered) == ("cancelled", 0)

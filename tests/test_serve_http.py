@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -31,8 +32,10 @@ from http_service import (
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import BUNDLE, ScriptedEngine, ScriptedStream
+from starlette.responses import StreamingResponse
 
 from midstream.serve.errors import ApiError
+from midstream.serve.feed import Observer
 from midstream.serve.settings import Settings, SettingsError
 from midstream.serve.stops import StopStrings
 
@@ -339,8 +342,9 @@ def test_what_the_engine_gets():
             {"role": "user", "content": [{"type": "text", "text": "a"}] * 2},
         ],
     }
-    service.post(CHATS, sent)
-    service.post(TEXTS, TEXT | {"prompt": [1, 2, 3]})
+    trace = {"traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"}
+    service.post(CHATS, sent, headers=trace)
+    service.post(TEXTS, TEXT | {"prompt": [1, 2, 3.0]})
     chat, text = service.engine.asked
     assert chat.messages == (
         {"role": "system", "content": "Be brief."},
@@ -348,7 +352,7 @@ def test_what_the_engine_gets():
     )
     assert (chat.max_tokens, chat.tier, chat.prompt) == (5, "strict", None)
     assert chat.sampling == {"temperature": 0.5, "top_p": 0.9, "top_k": 3}
-    assert chat.body == sent
+    assert (chat.body, chat.trace, text.trace) == (sent, trace, {})
     assert (text.prompt, text.messages) == ((1, 2, 3), None)
     assert text.max_tokens == Settings().default_tokens
     assert chat.stream != text.stream
@@ -670,6 +674,39 @@ def read_all_of(address, body):
         return b"".join(response.iter_bytes())
 
 
+def test_clients_that_come_and_go_leave_nothing_behind():
+    service = Service(pieces=["x"] * 40, risks=[0.1] * 40, delay=0.002)
+    chance = random.Random(5)
+
+    async def visit(address, kind, after):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        raw = json.dumps(CHAT | {"stream": kind != "whole"}).encode()
+        head = f"POST {CHATS} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+        head += f"Connection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
+        sent = head.encode() + raw
+        writer.write(sent[: after % len(sent)] if kind == "half" else sent)
+        if kind in ("leaves", "half"):
+            await asyncio.sleep(after / 10_000)
+            writer.transport.abort()
+            return None
+        text = await reader.read(-1)
+        writer.close()
+        return b"[DONE]" in text if kind == "stays" else b'"finish_reason": "stop"' in text
+
+    async def flood(address):
+        kinds = ["stays", "leaves", "half", "whole"] * 40
+        return await asyncio.gather(*(visit(address, k, chance.randrange(900)) for k in kinds))
+
+    with service.listening() as address:
+        ends = asyncio.run(flood(address))
+        service.settled()
+        wait_for(lambda: all(stream._task.done() for stream in service.engine.streams))
+        assert ends.count(True) == 80
+        assert ends.count(False) == 0
+        assert not service.front.admission._relays
+        assert not service.front.admission._of_client
+
+
 def test_a_body_that_does_not_come_is_not_waited_for():
     service = Service(settings={"body_seconds": 0.2})
     with service.listening() as address:
@@ -758,6 +795,32 @@ def test_a_signal_drains_and_then_cuts_with_a_terminal_signal():
     assert child.returncode == 0, err
     assert out == "notices ['stopping'] left 0\n"
     assert "Traceback" not in err
+
+
+def test_whoever_looks_on_ends_before_the_last_connections_are_waited_for(caplog):
+    """So that a viewer of the page does not hold up the end."""
+    router, closed = APIRouter(), asyncio.Event()
+
+    @router.get("/look")
+    async def look():
+        async def updates():
+            yield b"first"
+            await closed.wait()
+
+        return StreamingResponse(updates())
+
+    class Looking(Observer):
+        def close(self):
+            closed.set()
+
+    service = Service(routers=[router])
+    service.engine.feed.add(Looking())
+    with service.listening() as address:
+        viewer = address.connect()
+        viewer.sendall(b"GET /look HTTP/1.1\r\nHost: t\r\n\r\n")
+        assert viewer.recv(1000)
+    assert read_all(viewer).endswith(b"0\r\n\r\n")
+    assert "graceful shutdown exceeded" not in caplog.text
 
 
 def test_an_engine_that_does_not_come_up_ends_the_server():

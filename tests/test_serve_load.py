@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import socketserver
 import threading
 from array import array
@@ -16,7 +18,17 @@ import pytest
 import serve_load
 from load_client import Tally
 from load_server import RECORD, key_of
+from scripted_engine import ScriptedEngine
 from serve_load import LoadError
+
+from midstream import testbed
+from midstream.serve import serving
+from midstream.serve.app import create_app
+from midstream.serve.engine import Ask
+from midstream.serve.feed import Feed, Observer, Opened
+from midstream.serve.messages import Accepted, Left, Ready, Step
+from midstream.serve.run import Server
+from midstream.streams import Event
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNK = b'data: {"id": "chatcmpl-00ff", "choices": [%b], "usage": %b, "midstream": %b}\n\n'
@@ -179,6 +191,65 @@ def test_server_and_clients_agree() -> None:
 def test_where_they_do_not_agree_it_fails(change: dict[str, float]) -> None:
     with pytest.raises(LoadError):
         serve_load.check(Tally(**SEEN), told(**change), Quiet())  # type: ignore[arg-type]
+
+
+def test_a_token_does_not_wait_for_those_who_look_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Looks(Observer):
+        def event(self, stream: Opened, event: Event) -> None:
+            order.append(f"{event.stream} seen")
+
+    class Silent:
+        def __init__(self, *parts: Any) -> None:
+            pass
+
+        def send(self, message: Any) -> None:
+            pass
+
+    async def run() -> None:
+        part = serving.Serving(None, None, Feed([Looks()]), None, None)  # type: ignore[arg-type]
+        policy = testbed.load_bundle().policy
+        part._received(Ready("b" * 64, policy, "moderate", 8))
+
+        async def read(name: str) -> None:
+            stream = await part.submit(Ask(name, "testbed", None, "The urn", 4))
+            async for event in stream:
+                order.append(f"{event.stream} {event.type}")
+
+        readers = [asyncio.create_task(read(name)) for name in ("a", "b")]
+        await asyncio.sleep(0)
+        for name in ("a", "b"):
+            part._received(Accepted(name, 3))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        left = [Left(name, 1, 4, 0.1, "urn", 0) for name in ("a", "b")]
+        part._received(Step(1.0, 2, None, 6, left))
+        ends = [Event(type="error", stream=name, bundle="b" * 64) for name in ("a", "b")]
+        part._received(Step(2.0, 0, None, 8, ends))
+        await asyncio.gather(*readers)
+        while len(order) < 8:
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(serving, "Worker", Silent)
+    asyncio.run(asyncio.wait_for(run(), 60))
+    delivered = ["a released", "a error", "b released", "b error"]
+    assert order == [*delivered, "a seen", "b seen", "a seen", "b seen"]
+
+
+def test_the_garbage_collector_leaves_alone_what_is_there_at_the_start() -> None:
+    async def run() -> None:
+        async def nothing() -> None:
+            pass
+
+        feed = Feed()
+        await Server(create_app(ScriptedEngine(feed), feed), drain=0.0)._start(nothing)
+
+    try:
+        asyncio.run(run())
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_slope_is_per_minute() -> None:

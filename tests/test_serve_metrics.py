@@ -1,6 +1,7 @@
 """What Prometheus is told: documented names, right counts, bounded labels."""
 
 import asyncio
+import inspect
 import re
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import BUNDLE, ScriptedEngine
 
+from midstream.serve import rotation
+from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.feed import EngineStats, Feed, Observer, Opened
+from midstream.serve.keys import Keys
 from midstream.serve.metrics import MOST_LABELS, Metrics, metrics_router
 from midstream.streams import Event
 
@@ -251,3 +255,32 @@ def test_rules_and_scrape_config_speak_of_what_is_exported(metrics, feed):
         for name in re.findall(r"[a-z]\w*:[\w:]+", rule["expr"]):
             base = re.sub(r"_(bucket|sum|count)$", "", name)
             assert {name, base} & (documented | recorded), f"{name} is not exported"
+
+
+def test_the_notices_of_the_engine_are_those_that_are_counted():
+    """By the names under which `midstream.serve.rotation` tells them."""
+    metrics, told = Metrics("testbed"), inspect.getsource(rotation)
+    before = samples(metrics)
+    for kind in ("worker_restarted", "reloaded", "reload_refused"):
+        assert f'notice("{kind}"' in told
+        metrics.notice(kind, {})
+    after = samples(metrics)
+    names = [("worker_restarts_total",), ("reloads_total", "done"), ("reloads_total", "refused")]
+    assert [after[name] - before[name] for name in names] == [1, 1, 1]
+
+
+def test_with_keys_only_the_operator_may_scrape():
+    keys = Keys({"ada": "a" * 16}, "o" * 16)
+    app = create_app(
+        ScriptedEngine(Feed()), Feed(), None, [metrics_router(Metrics("m"), keys.check_operator)]
+    )
+
+    async def statuses():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return [
+                (await client.get("/metrics", headers=headers)).status_code
+                for headers in ({}, *({"authorization": f"Bearer {16 * c}"} for c in "ao"))
+            ]
+
+    assert asyncio.run(statuses()) == [401, 403, 200]

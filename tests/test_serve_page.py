@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live_stage import Stage, browsing, find_browser
+from live_stage import Stage, TestbedStage, a_bundle, ask, browsing, find_browser
 from playwright.sync_api import expect, sync_playwright
+from scripted_engine import BUNDLE
 
 from midstream import testbed
 from midstream.monitor import Monitor
-from midstream.policy import Policy
-from midstream.streams import released
+from midstream.policy import Policy, Thresholds
+from midstream.serve.feed import Opened
+from midstream.streams import Event, released
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(
@@ -82,7 +84,7 @@ def test_a_stream_halts_live_on_the_page(page, stage):
     expect(page.locator("#state")).to_have_text("■ halted")
     expect(row(page, "first")).to_have_class("row halted ended")
     expect(page.locator("#verdict")).to_have_text(
-        "Halted at token 13: sealed. Risk 0.620; moderate halts at 0.5."
+        "Halted at token 13: sealed. Risk 0.6200; moderate halts at 0.5."
     )
     shown = page.locator("#text").inner_text()
     assert shown == "".join(WORDS[:9]) + "halted at 13"  # the last word has not left
@@ -136,6 +138,52 @@ def test_streams_that_are_looked_at_closely_are_told_to_the_engine(page, stage):
     assert ("slow", False) in stage.closely
 
 
+def test_a_stream_that_is_held_and_then_fails(browser):
+    """Tokens that waited leave together, on the colour of the worst of them."""
+    levels = {"moderate": Thresholds(horizon=0, halt_at=0.9, hold_at=0.3)}
+    bundle = a_bundle(tiers=levels, loosest_tier="moderate", hold_back=2)
+    with Stage(bundle=bundle) as stage, browsing(browser) as page:
+        page.goto(stage.url)
+        expect(page.locator("#connection")).to_have_text("Live")
+        stream = Opened(ask("one"), "moderate", BUNDLE)
+
+        def tell(*events):
+            def now():
+                for type, facts in events:
+                    told = Event(type=type, stream="one", bundle=BUNDLE, **facts)
+                    stage.feed.event(stream, told)
+
+            stage.do(now)
+
+        stage.do(lambda: stage.feed.opened(stream))
+        expect(page.locator("#verdict")).to_have_text("Waits for a slot.")
+        tell(
+            ("admitted", {"position": 0}),
+            ("scored", {"position": 4, "risk": 0.01}),
+            ("released", {"position": 5, "risk": 0.06, "text": "a "}),  # token 4
+            ("verdict", {"position": 6, "risk": 0.4, "verdict": "HOLD"}),
+        )
+        expect(page.locator("#state")).to_have_text("‖ held")
+        expect(stat(page, "held")).to_have_text("1")
+        expect(page.locator("#risk")).to_contain_text("holds 0.3")
+        expect(page.locator("#risk .hold-span")).to_have_count(1)
+        tell(
+            ("released", {"position": 8, "risk": 0.02, "text": "b c d "}),  # tokens 5 to 7
+            ("verdict", {"position": 8, "risk": 0.02, "verdict": "CONTINUE"}),
+        )
+        expect(page.locator("#state")).to_have_text("▸ writing")
+        tokens = page.locator("#text span[data-to]")
+        expect(tokens).to_have_count(2)
+        found = tokens.evaluate_all(
+            "all => all.map((e) => [e.className, e.dataset.from, e.dataset.to])"
+        )
+        assert found == [["r0", "4", "4"], ["r5", "5", "7"]]
+        tell(("error", {"message": "its process ended"}))
+        expect(page.locator("#state")).to_have_text("✕ error")
+        expect(page.locator("#verdict")).to_have_text("Ended by an error: its process ended")
+        expect(stat(page, "errors")).to_have_text("1")
+
+
 # ------------------------------------------------------------------ keyboard
 
 
@@ -186,10 +234,12 @@ def test_the_curve_is_read_out_token_by_token(page, stage):
     page.locator("#risk").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    expect(page.locator("#cursor")).to_have_text("token 5, risk 0.030, “urn ”")
-    expect(page.locator("#risk")).to_have_attribute("aria-valuetext", "token 5, risk 0.030, “urn ”")
+    expect(page.locator("#cursor")).to_have_text("token 5, risk 0.0300, “urn ”")
+    expect(page.locator("#risk")).to_have_attribute(
+        "aria-valuetext", "token 5, risk 0.0300, “urn ”"
+    )
     page.keyboard.press("End")
-    expect(page.locator("#cursor")).to_have_text("token 13, risk 0.620")  # which has not left
+    expect(page.locator("#cursor")).to_have_text("token 13, risk 0.6200")  # which has not left
 
 
 # ------------------------------------------------------------------ replay
@@ -326,6 +376,55 @@ def test_replays_are_exact(page):
     halted = sum(mine[1] is not None for mine in expected)
     assert 10 < halted < len(cases) - 10  # both kinds are there
     assert any("HOLD" in mine[0] for mine in expected)
+
+
+# ------------------------------------------------------------------ the engine
+
+
+def test_streams_of_the_real_engine(browser):
+    """What the page makes of events and reports agrees with what the engine did."""
+    bundle = testbed_bundle()
+    with (
+        TestbedStage(bundles={bundle.hash: bundle}.get) as stage,
+        browsing(browser) as page,
+    ):
+        page.goto(stage.url)
+        expect(page.locator("#connection")).to_have_text("Live")
+        reasons = set()
+        for index in range(40):
+            answer = stage.complete(testbed.sample_prompt(3, index), temperature=1.0)
+            (choice,) = answer["choices"]
+            if choice["finish_reason"] in reasons | {"length"}:
+                continue
+            reasons.add(choice["finish_reason"])
+            choose(page, answer["id"])
+            halted = choice["finish_reason"] == "content_filter"
+            expect(page.locator("#state")).to_have_text("■ halted" if halted else "✓ finished")
+            text = page.locator("#text")
+            assert text.evaluate("e => e.innerText").startswith(choice["text"])
+            left = answer["usage"]["completion_tokens"]
+            expect(page.locator("#facts")).to_contain_text(f"{left} token")
+            # Its own level, replayed: the page's rules give what the engine's gave.
+            level = str(bundle.policy.tiers["moderate"].halt_at)
+            page.evaluate(
+                """(level) => {
+                  const slider = document.getElementById("level");
+                  slider.step = "any";
+                  slider.value = level;
+                  slider.dispatchEvent(new Event("input"));
+                }""",
+                level,
+            )
+            expect(page.locator("#replay-result")).to_have_text(
+                f"Would have been halted at the same token, {answer['midstream']['halted_at']}."
+                " The same tokens would have left."
+                if halted
+                else "Would not have been halted. The same tokens would have left."
+            )
+            expect(page.locator("#evidence figure")).to_have_count(2)  # those of responses
+            if {"content_filter", "stop"} <= reasons:
+                break
+        assert {"content_filter", "stop"} <= reasons
 
 
 # ------------------------------------------------------------------ many

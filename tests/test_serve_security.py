@@ -157,6 +157,30 @@ def test_what_is_not_http_gets_the_error_object(listening):
     assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+        "Content-Length: 4\r\nContent-Length: 0\r\n\r\n",
+        "Content-Length: +4\r\n\r\n",
+        "Content-Length : 4\r\n\r\n",
+        "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+        "X: a\r\n b\r\nContent-Length: 0\r\n\r\n",
+        "X: a\0b\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_no_second_request_is_smuggled_in(listening, fields):
+    """What a proxy in front could read in another way is refused, and the connection closed."""
+    sock = listening.connect()
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    sock.sendall((head + fields + "GET /health HTTP/1.1\r\nHost: t\r\n\r\n").encode())
+    answer = read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
 # Abuse of the socket
 
 

@@ -10,6 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from scripted_engine import BUNDLE, ScriptedEngine
 
@@ -22,6 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from midstream.serve import tracing
+from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.feed import Feed, Opened
 from midstream.serve.tracing import Names, Tracing
@@ -158,6 +160,23 @@ def test_the_parent_is_the_one_that_the_request_names(feed, exported):
     assert f"{span.context.trace_id:032x}" == TRACE
     assert (f"{span.parent.span_id:016x}", span.parent.is_remote) == (SPAN, True)
     assert span.context.trace_state["vendor"] == "1"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_header_of_a_request_gets_there(feed, exported, stream):
+    async def ask_over_http():
+        app = create_app(ScriptedEngine(feed), feed)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            body = {"model": "testbed", "prompt": "The urn", "stream": stream}
+            headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+            assert answer.status_code == 200
+
+    asyncio.run(ask_over_http())
+    (span,) = exported.get_finished_spans()
+    assert f"{span.context.trace_id:032x}" == TRACE
+    assert f"{span.parent.span_id:016x}" == SPAN
 
 
 @pytest.mark.parametrize("parent", ["", "00", f"00-{'0' * 32}-{SPAN}-01", "zz-\x00-\ud800-1"])

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from midstream.serve import openapi
 from midstream.serve.admission import Admission
 from midstream.serve.bodies import read_body
-from midstream.serve.engine import Engine
+from midstream.serve.engine import Ask, Engine, Stream
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
 from midstream.serve.keys import Keys
@@ -26,9 +27,10 @@ from midstream.serve.relay import ClientGoneError, Piece, Relay
 from midstream.serve.requests import ChatRequest, CompletionRequest, parse, read_json
 from midstream.serve.responses import Json, Writer, refusal
 from midstream.serve.settings import Settings
-from midstream.serve.sse import EventStream, leave_with_client
+from midstream.serve.sse import EventStream, leave_with_client, until_gone
 
 _log = logging.getLogger(__name__)
+_TRACE = ("traceparent", "tracestate")
 _POLLED = ("/health", "/ready")
 _access = logging.getLogger("midstream.serve.access")
 
@@ -149,12 +151,9 @@ class Front:
             self._check_model(asked.model)
             chat = kind is ChatRequest
             stream_id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-            ask = asked.ask(stream_id, client, body, self.settings)
-            try:
-                async with asyncio.timeout(self.settings.start_seconds):
-                    stream = await self.engine.submit(ask)
-            except TimeoutError:
-                raise ApiError(504, "the engine took too long", code="timeout") from None
+            trace = {name: request.headers[name] for name in _TRACE if name in request.headers}
+            ask = replace(asked.ask(stream_id, client, body, self.settings), trace=trace)
+            stream = await self._submit(ask, request)
             request.state.stream = stream_id
             relay = Relay(stream, asked.stop, self.settings)
             held.enter_context(self.admission.follow(relay))
@@ -168,6 +167,25 @@ class Front:
             if asked.stream:
                 return EventStream(relay, writer, self.settings, held.pop_all())
             return await _whole(request, relay, writer)
+
+    async def _submit(self, ask: Ask, request: Request) -> Stream:
+        """Have the engine begin, unless its client goes before, or it takes too long."""
+        submitting = asyncio.ensure_future(self.engine.submit(ask))
+        leaving = asyncio.ensure_future(until_gone(request.receive))
+        try:
+            await asyncio.wait(
+                (submitting, leaving),
+                timeout=self.settings.start_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if submitting.done():
+                return submitting.result()
+            if leaving.done():
+                raise ClientGoneError
+            raise ApiError(504, "the engine took too long", code="timeout")
+        finally:
+            leaving.cancel()
+            submitting.cancel()
 
     def _identify(self, request: Request) -> str:
         client = self.keys.client(request.headers.get("authorization"))

@@ -81,7 +81,7 @@ def assemble(
     metrics = Metrics(engine.models[0])
     metrics.watch(feed)
     feed.add(metrics)
-    routers: list[APIRouter] = [metrics_router(metrics)]
+    routers: list[APIRouter] = [metrics_router(metrics, keys.check_operator)]
     if watch.page != "off":
 
         def bundle_of(digest: str) -> Bundle | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,36 +40,49 @@ class HeldFeed(Feed):
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         super().__init__(observers)
-        self._held: dict[str, Opened | None] = {}
+        self._held: dict[str, _Held] = {}
 
-    def hold(self, stream: str) -> None:
-        """Leave out what its engine tells of a stream that is about to begin."""
-        self._held[stream] = None
+    def hold(self, stream: str) -> _Held:
+        """Leave out what its engine tells of a stream that is about to begin, to its end."""
+        held = self._held[stream] = _Held()
+        return held
 
-    def let_go(self, stream: str) -> None:
-        """Hand on again what its engine tells."""
-        self._held.pop(stream, None)
-
-    def opened_as(self, stream: str) -> Opened:
-        """What was told of a held stream when it was taken in."""
-        opened = self._held[stream]
-        assert opened is not None, "an engine tells its feed before it returns the stream"
-        return opened
+    def abandon(self, stream: str) -> None:
+        """Nobody tells what becomes of it, and nothing of it leaves: hand on how it ends."""
+        held = self._held.get(stream)
+        if held is not None and held.opened is None:
+            del self._held[stream]
+        elif held is not None:
+            held.abandoned = True
 
     def opened(self, stream: Opened) -> None:
         """Hand on."""
-        if stream.ask.stream in self._held:
-            self._held[stream.ask.stream] = stream
+        if held := self._held.get(stream.ask.stream):
+            held.opened = stream
         super().opened(stream)
 
     def event(self, stream: Opened, event: Event) -> None:
         """Hand on, unless the stream is held."""
-        if stream.ask.stream not in self._held:
+        held = self._held.get(stream.ask.stream)
+        if held is None:
             super().event(stream, event)
+        elif event.type in ("finished", "error"):
+            # Not earlier: engines may tell their feed after whoever reads the stream.
+            del self._held[stream.ask.stream]
+            if held.abandoned:
+                super().event(stream, _withheld(event))
 
     def tell(self, stream: Opened, event: Event) -> None:
         """Hand on an event of a stream that is held."""
         super().event(stream, event)
+
+
+@dataclass
+class _Held:
+    """A stream that is held, as it was taken in."""
+
+    opened: Opened | None = None
+    abandoned: bool = False
 
 
 class JudgingEngine(Engine, Protocol):
@@ -152,17 +165,18 @@ class GatedEngine:
         gate = self._gate
         turn = await self._open(gate, ask)
         prior = None if turn.token_prior is None else tuple(turn.token_prior.tolist())
-        self._feed.hold(ask.stream)
+        held = self._feed.hold(ask.stream)
         try:
             stream = await self._engine.submit(replace(ask, prior=prior))
-            opened = self._feed.opened_as(ask.stream)
+            opened = held.opened
+            assert opened is not None, "an engine tells its feed before it returns the stream"
             try:
                 self._check(gate, opened, stream)
             except ApiError:
                 stream.cancel()
                 raise
         except BaseException:
-            self._feed.let_go(ask.stream)
+            self._feed.abandon(ask.stream)
             raise
         gated = GatedStream(stream, opened, self._feed, gate, turn)
         self._streams.add(gated)
@@ -287,18 +301,16 @@ class GatedStream:
                     await self._judge(event)
                 else:
                     self._halted = self._halted or event.type == "halted"
-                    self._tell(event)
+                    self._tell(_withheld(event) if event.type == "error" else event)
         except Exception:
             _log.exception("stream %s: its response could not be judged", self.ask.stream)
             told = "the response could not be judged, so it was withheld; try again"
             self._tell(self._event("error", message=told))
-        finally:
-            self._feed.let_go(self.ask.stream)
 
     async def _judge(self, finished: Event) -> None:
         """Ask the gate, and tell what it says."""
         if finished.report is None or finished.message == "cancelled":
-            self._tell(finished)  # nothing has left
+            self._tell(_withheld(finished))
             return
         decision = await asyncio.to_thread(self._decide, finished)
         facts: dict[str, Any] = {"risk": decision.risk, "message": decision.explanation}
@@ -311,7 +323,7 @@ class GatedStream:
             return
         cause = f"turn gate: {decision.cause}"
         if self._halted:
-            self._tell(finished)
+            self._tell(_withheld(finished))
             return
         self._tell(self._event("halted", verdict="HALT", cause=cause, **facts))
         withheld = {
@@ -321,7 +333,7 @@ class GatedStream:
         }
         report = finished.report.model_copy(update=withheld)
         told = {"verdict": "HALT", "cause": cause, "message": report.finish_reason}
-        self._tell(finished.model_copy(update={**told, "report": report}))
+        self._tell(_withheld(finished).model_copy(update={**told, "report": report}))
 
     def _decide(self, finished: Event) -> TurnDecision:
         """Judge, and write the turn down as the client will have it; in a thread."""
@@ -337,3 +349,8 @@ class GatedStream:
     def _tell(self, event: Event) -> None:
         self._feed.tell(self._opened, event)
         self._events.put_nowait(event)
+
+
+def _withheld(end: Event) -> Event:
+    """The end of a stream, as it is told where nothing has left."""
+    return end.model_copy(update={"delivered": 0, "delivered_unscored": 0})

@@ -156,7 +156,9 @@ class Live(Observer):
 
     def notice(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Keep it, as words."""
-        told = [f"{key} {value}" for key, value in facts.items() if isinstance(value, str | int)]
+        told = [
+            f"{key} {value}" for key, value in facts.items() if isinstance(value, str | int | float)
+        ]
         notice = {"at": time.time(), "kind": kind[:60], "facts": ", ".join(told)[:300]}
         self._notices.append(notice)
         self._noticed += 1

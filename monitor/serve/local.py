@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import pickle
-import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
-from midstream.bundle import Bundle, BundleError
 from midstream.policy import PolicyError
 from midstream.serve.channel import Channel
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
-from midstream.serve.feed import EngineStats, Feed
+from midstream.serve.feed import Feed
 from midstream.serve.messages import Look, Plan
-from midstream.serve.serving import Judged, LocalStream, Main, Serving, unavailable
-from midstream.serve.workers import WorkerError
+from midstream.serve.rotation import ReloadError, Rotation
+from midstream.serve.serving import LocalStream, Main, unavailable
 
-_log = logging.getLogger(__name__)
-
-STATS_EVERY = 1.0  # seconds
-BACK_OFF = 0.5  # seconds before the first restart; doubled with each that fails
-LONGEST_BACK_OFF = 30.0
-STEADY = 60.0  # seconds after which a worker's end has nothing to do with the one before
-CUT = 2.0  # seconds for streams that are cut to say so
-
-
-class ReloadError(ValueError):
-    """A bundle that was not taken; the one before is in force."""
+__all__ = ["LocalEngine", "ReloadError", "serve_model"]
 
 
 def serve_model(channel: Channel, plan: Plan) -> None:
@@ -40,7 +23,7 @@ def serve_model(channel: Channel, plan: Plan) -> None:
     main(channel, plan)
 
 
-class LocalEngine:
+class LocalEngine(Rotation):
     """Serves one model and its bundle; see `midstream.serve.engine.Engine`.
 
     Start it in the event loop that it is used in::
@@ -60,7 +43,8 @@ class LocalEngine:
     names : sequence of str, optional
         Under which the model is asked for; the folder's name when not given.
     tier : str, optional
-        Of requests that ask for none; the policy's own when not given.
+        The loosest that may be asked for, and that of requests that ask for none; the policy's own
+        when not given.
     slots : int
         Streams that are written at a time.
     max_waiting : int
@@ -70,8 +54,6 @@ class LocalEngine:
     main : callable
         What runs in the worker.
     """
-
-    _serve: type[Serving] = Serving
 
     def __init__(
         self,
@@ -91,10 +73,7 @@ class LocalEngine:
     ) -> None:
         if model is not None and bundle is None:
             raise ValueError("a model needs the bundle that was made for it: give one")
-        self.feed = feed
-        self._bundle_folder = bundle
-        self._names = names or (("testbed",) if model is None else (Path(model).resolve().name,))
-        self._plan: dict[str, Any] = {
+        plan = {
             "model": None if model is None else str(model),
             "slots": slots,
             "cache_tokens": cache_tokens,
@@ -103,50 +82,14 @@ class LocalEngine:
             "device": device,
             "threads": threads,
         }
-        self._slots, self._max_waiting = slots, max_waiting
-        self._main = main
-        self._serving: Serving | None = None
-        self._draining: set[Serving] = set()
-        self._judged = Judged()
-        self._changing = asyncio.Lock()
-        self._unready: str | None = "it was not started"
-        self._retry_after: float | None = None
-        self._bundle: Bundle | None = None
-        self._closing = False
-        self._failures = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._stats: asyncio.Task[Any] | None = None
+        super().__init__(feed, bundle, plan, main)
+        self._names = names or (("testbed",) if model is None else (Path(model).resolve().name,))
+        self._max_waiting = max_waiting
 
     @property
     def models(self) -> tuple[str, ...]:
         """Names under which it answers."""
         return self._names
-
-    @property
-    def unready(self) -> str | None:
-        """Why it takes no requests now; None when it does."""
-        return self._unready
-
-    @property
-    def bundle(self) -> Bundle | None:
-        """What new streams are judged by; None before it was started."""
-        return self._bundle
-
-    async def start(self) -> None:
-        """Load the bundle, start the worker and wait until it serves.
-
-        Raises
-        ------
-        BundleError
-        WorkerError
-            When the model cannot be served.
-        """
-        self._unready = "the model is being loaded"
-        bundle = await asyncio.to_thread(self._load, self._bundle_folder)
-        async with self._changing:
-            serving = await self._install(bundle)
-        self._stats = asyncio.get_running_loop().create_task(self._tell_stats())
-        self.feed.notice("started", {"bundle": bundle.hash, "pid": serving.worker.pid})
 
     async def submit(self, ask: Ask) -> LocalStream:
         """Begin a response.
@@ -167,9 +110,10 @@ class LocalEngine:
                 param="model",
             )
         try:
-            serving.ready.policy.tier_for(ask.tier)
+            server = None if self._plan["tier"] is None else serving.ready.tier
+            serving.ready.policy.tier_for(ask.tier, server)
         except PolicyError as error:
-            raise ApiError(400, str(error), code="invalid_tier", param="tier") from error
+            raise ApiError(400, str(error), code="invalid_tier", param="midstream.tier") from error
         if ask.stream in serving.streams:
             raise ValueError(f"stream {ask.stream!r} is there already; ids are for one stream each")
         if len(serving.streams) >= self._slots + self._max_waiting:
@@ -190,160 +134,3 @@ class LocalEngine:
         for serving in self._live:
             if stream in serving.streams:
                 serving.worker.send(Look(stream, on))
-
-    async def reload(self, folder: str | Path | None) -> str:
-        """Judge streams from now on by another bundle; return its hash.
-
-        A second worker is started with it. Until that serves, and if it cannot, nothing changes;
-        then new requests go there, and the first worker ends with its last stream.
-
-        Raises
-        ------
-        ReloadError
-            With the cause, which was also logged and told to the feed.
-        """
-        before = self._serving.ready.bundle if self._serving and self._serving.ready else None
-        try:
-            if self._closing:
-                raise ReloadError("the server is shutting down")
-            if self._changing.locked():
-                raise ReloadError("another reload or a restart is under way; try again later")
-            if self._draining:
-                raise ReloadError("streams of the last reload are still running; try again later")
-            async with self._changing:
-                bundle = await asyncio.to_thread(self._load, folder)
-                old = self._serving
-                serving = await self._install(bundle)
-                if old is not None:
-                    self._drain(old)
-        except (ReloadError, BundleError, WorkerError, OSError) as error:
-            _log.error("the bundle was not reloaded: %s", error)
-            self.feed.notice("reload_refused", {"bundle": before, "reason": str(error)})
-            raise ReloadError(str(error)) from error
-        _log.info("reloaded: bundle %s, after %s", bundle.hash, before)
-        facts = {"bundle": bundle.hash, "before": before, "pid": serving.worker.pid}
-        self.feed.notice("reloaded", facts)
-        return bundle.hash
-
-    async def close(self, drain: float) -> None:
-        """Take no more requests, let the streams end within ``drain`` seconds, cut those left."""
-        if self._closing:
-            return
-        self._closing, self._unready = True, "the server is shutting down"
-        async with self._changing:
-            live = self._live
-        if not await _all_idle(live, drain):
-            for serving in live:
-                for stream in list(serving.streams.values()):
-                    stream.cancel()
-            await _all_idle(live, CUT)
-        await asyncio.gather(*(serving.worker.stop() for serving in live))
-        tasks = [*self._tasks, *([self._stats] if self._stats else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    @property
-    def _live(self) -> list[Serving]:
-        return [*([self._serving] if self._serving else []), *self._draining]
-
-    @staticmethod
-    def _load(folder: str | Path | None) -> Bundle:
-        if folder is not None:
-            return Bundle.load(folder)
-        from midstream import testbed
-
-        return testbed.load_bundle()
-
-    async def _install(self, bundle: Bundle) -> Serving:
-        """Start a worker with the bundle and send new requests there; the lock is held."""
-        plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
-        serving = self._serve(plan, self._main, self.feed, self._judged, self._lost)
-        await serving.start()
-        if serving.ending:  # it was gone as soon as it had said that it serves
-            raise WorkerError(serving.failure or f"the model's process {serving.ending}")
-        self._bundle = bundle
-        self._serving = serving
-        if not self._closing:
-            self._unready = self._retry_after = None
-        return serving
-
-    def _drain(self, serving: Serving) -> None:
-        self._draining.add(serving)
-
-        async def stop() -> None:
-            await serving.idle.wait()
-            await serving.worker.stop()
-
-        self._spawn(stop())
-
-    def _lost(self, serving: Serving) -> None:
-        """A worker's process is gone; its streams were told."""
-        self._draining.discard(serving)
-        if serving is not self._serving:
-            return
-        self._serving = None
-        if self._closing:
-            return
-        steady = time.monotonic() - serving.since > STEADY
-        self._failures = 0 if steady else self._failures
-        wait = self._failed(f"the model's process {serving.ending}", serving.failure)
-        self._spawn(self._restart(wait))
-
-    def _failed(self, ending: str, failure: str | None) -> float:
-        """No worker serves: say so; return the seconds until another is started."""
-        wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
-        self._failures += 1
-        self._unready, self._retry_after = f"{ending}; another is started", wait
-        _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
-        facts = {"ending": ending, "failure": failure, "restart_after": wait}
-        self.feed.notice("worker_lost", facts)
-        return wait
-
-    async def _restart(self, wait: float) -> None:
-        assert self._bundle is not None  # it ran before
-        while True:
-            await asyncio.sleep(wait)
-            try:
-                async with self._changing:
-                    if self._closing or self._serving is not None:  # a reload was quicker
-                        return
-                    serving = await self._install(self._bundle)
-            except (WorkerError, OSError) as error:
-                wait = self._failed("the model's process could not start", str(error))
-                continue
-            facts = {"bundle": self._bundle.hash, "pid": serving.worker.pid}
-            self.feed.notice("worker_restarted", facts)
-            return
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _tell_stats(self) -> None:
-        while True:
-            await asyncio.sleep(STATS_EVERY)
-            live = self._live
-            used = sum(self._slots - serving.free_slots for serving in live)
-            streams = sum(len(serving.streams) for serving in live)
-            rows, seconds = self._judged.take()
-            self.feed.stats(
-                EngineStats(
-                    slots=self._slots * len(live),
-                    slots_used=used,
-                    waiting=max(0, streams - used),
-                    judged_rows=rows,
-                    judge_seconds=tuple(seconds),
-                )
-            )
-
-
-async def _all_idle(servings: list[Serving], seconds: float) -> bool:
-    """Wait until no stream is left; False if that takes longer."""
-    waits = asyncio.gather(*(serving.idle.wait() for serving in servings))
-    try:
-        await asyncio.wait_for(waits, seconds)
-    except TimeoutError:
-        return False
-    return True

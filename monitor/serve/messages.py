@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from midstream.policy import Policy
+from midstream.policy import Policy, TierName
 from midstream.streams import Event
 
 
@@ -80,7 +80,7 @@ class Ready(NamedTuple):
 
     bundle: str
     policy: Policy
-    tier: str
+    tier: TierName
     slots: int
 
 

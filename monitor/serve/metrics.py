@@ -7,11 +7,11 @@ takes a value that clients choose freely.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
@@ -123,7 +123,7 @@ class Metrics(Observer):
         self._notices.add(kind)
         if kind in ("reloaded", "reload_refused"):
             self._reloads.add("done" if kind == "reloaded" else "refused")
-        if kind == "restarted":
+        if kind == "worker_restarted":
             self._restarts.inc()
         if "bundle" in facts and kind in ("started", "reloaded"):
             self._runs(str(facts["bundle"]))
@@ -232,8 +232,12 @@ class _Failures(Collector):
         yield family
 
 
-def metrics_router(metrics: Metrics) -> APIRouter:
+def metrics_router(
+    metrics: Metrics, check: Callable[[str | None], None] = lambda authorization: None
+) -> APIRouter:
     """Serve ``/metrics``, always in the text format of Prometheus.
+
+    ``check`` is given the header ``Authorization``, and raises where it is not to be served.
 
     OpenMetrics is not offered: prometheus-client 0.26 writes the colon of a sample's name as an
     underscore there, so that names would depend on who asks.
@@ -241,7 +245,8 @@ def metrics_router(metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
     @router.get("/metrics", include_in_schema=False)
-    async def scrape() -> Response:
+    async def scrape(request: Request) -> Response:
+        check(request.headers.get("authorization"))
         # In the event loop on purpose: a thread would hold the interpreter for as long, and in
         # slices of 5 ms (sys.getswitchinterval), where this takes 1 or 2.
         return Response(generate_latest(metrics.registry), media_type=_TEXT)

@@ -37,6 +37,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or close it at once where there are too many."""
         super().connection_made(transport)
+        self._unanswered: list[RequestResponseCycle] = []
         if len(self.connections) > self.settings.max_connections:
             transport.abort()
             return
@@ -70,16 +71,25 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._disarm()
         super().on_headers_complete()
+        assert self.cycle is not None
+        waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
+        self._unanswered = [*waiting, self.cycle]
         self.scope[WRITE] = partial(_write, self.cycle)  # type: ignore[literal-required]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Forget it, and tell every request on it; uvicorn tells the last that came."""
         self._disarm()
         super().connection_lost(exc)
+        for cycle in self._unanswered:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, with the standard error object."""
         self._refuse(ApiError(400, "this is not valid HTTP/1.1", code="invalid_http"))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: any client can ask to speak WebSocket, and is answered in HTTP."""
 
     def _arm(self) -> None:
         if self._head_due is None:

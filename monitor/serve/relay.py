@@ -178,7 +178,8 @@ class Relay:
 
     def _begin(self) -> None:
         """The engine has begun, so that only the latest end still counts."""
-        if self._clock is not None and not self._clock.expired() and self._cut is None:
+        breaking_off = self._cut is not None or self._gone
+        if self._clock is not None and not self._clock.expired() and not breaking_off:
             self._clock.reschedule(self._latest)
 
     async def _pass(self, text: str, deliver: Callable[[Piece], Awaitable[None]]) -> None:

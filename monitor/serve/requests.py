@@ -5,130 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from midstream.policy import TierName
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
+from midstream.serve.request_fields import (
+    Content,
+    Count,
+    Integral,
+    No,
+    Nothing,
+    One,
+    PromptText,
+    Stops,
+    Zero,
+)
 from midstream.serve.settings import Settings
-
-
-def _integral(value: Any) -> Any:
-    """In JSON 3.0 is an integer, too."""
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-def _refuse_true(value: bool) -> bool:
-    if value:
-        raise ValueError("expected false")
-    return value
-
-
-_Zero = Annotated[float, Field(ge=0, le=0)]
-_Integral = BeforeValidator(_integral)
-_Count = Annotated[int, Field(ge=1), _Integral]
-_One = Annotated[int, Field(ge=1, le=1), _Integral]
-_No = Annotated[
-    bool, AfterValidator(_refuse_true), WithJsonSchema({"type": "boolean", "const": False})
-]  # Literal[False] takes 0
-_Nothing = Annotated[list[Any], Field(max_length=0)]
-
-MAX_STOPS = 4
-_LARGEST_ID = (1 << 31) - 1
-_STRINGS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
-
-
-def _joined(content: Any) -> str:
-    """Text of a message: a string, or parts that are all text, a line each."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ValueError("expected a string, or a list of text parts")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError("only parts of type 'text' are served")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError("a text part has 'type' and 'text', a string, and nothing else")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _prompt(prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    if isinstance(prompt, list) and prompt:
-        ids = tuple(_integral(token) for token in prompt)
-        if all(type(token) is int and 0 <= token <= _LARGEST_ID for token in ids):
-            return ids
-    raise ValueError("expected one text, or one list of token ids, that is not empty")
-
-
-def _stops(stop: Any) -> tuple[str, ...]:
-    several = [stop] if isinstance(stop, str) else stop
-    if several is None:
-        return ()
-    if not isinstance(several, list) or not 1 <= len(several) <= MAX_STOPS:
-        raise ValueError(f"expected a string, or a list of up to {MAX_STOPS}")
-    if not all(isinstance(text, str) and text for text in several):
-        raise ValueError("expected strings that are not empty")
-    return tuple(several)
-
-
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-Content = Annotated[
-    str,
-    BeforeValidator(_joined),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART, "minItems": 1}]}
-    ),
-]
-_TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": _LARGEST_ID}
-PromptText = Annotated[
-    str | tuple[int, ...],
-    BeforeValidator(_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": _TOKEN_ID, "minItems": 1},
-            ]
-        }
-    ),
-]
-Stops = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_stops),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {**_STRINGS, "maxItems": MAX_STOPS},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
 
 
 class Message(_Strict):
@@ -171,43 +71,43 @@ class PlainText(_Strict):
 # Parameters of OpenAI's API that are not served are declared with the values that ask for nothing,
 # since many clients send those. Any fault in one of them is `unsupported_parameter`.
 class _Unserved(_Strict):
-    n: _One | None = None
+    n: One | None = None
     seed: None = None
-    frequency_penalty: _Zero | None = None
-    presence_penalty: _Zero | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
 class _UnservedOfChat(_Strict):
-    logprobs: _No | None = None
+    logprobs: No | None = None
     top_logprobs: None = None
-    tools: _Nothing | None = None
+    tools: Nothing | None = None
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: bool | None = None
-    functions: _Nothing | None = None
+    functions: Nothing | None = None
     function_call: Literal["none"] | None = None
     response_format: PlainText | None = None
     audio: None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
     prediction: None = None
     reasoning_effort: None = None
-    store: _No | None = None
+    store: No | None = None
     web_search_options: None = None
 
 
 class _UnservedOfText(_Strict):
-    best_of: _One | None = None
-    echo: _No | None = None
+    best_of: One | None = None
+    echo: No | None = None
     logprobs: None = None
     suffix: None = None
 
 
 class _Request(_Unserved):
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    max_tokens: _Count | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1 << 20), _Integral] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1 << 20), Integral] | None = None
     stop: Stops = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -252,7 +152,7 @@ class ChatRequest(_Request, _UnservedOfChat):
     """Body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: _Count | None = None
+    max_completion_tokens: Count | None = None
 
     def _limit(self) -> int | None:
         # Both say "at most", so that the smaller one honours both.

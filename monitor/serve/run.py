@@ -97,6 +97,16 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._front.admission.cut)
             self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is idle, let those who look on end, and wait for the last connections."""
+        for server in self.servers:
+            server.close()
+        for connection in tuple(self.server_state.connections):
+            connection.shutdown()
+        # Nothing can come any more. The page's viewers end with this; uvicorn would wait for them.
+        self._front.feed.close()
+        await super().shutdown(sockets)
+
     def drain(self) -> None:
         """Begin to end; called in the event loop."""
         if self._ending is None:
@@ -196,9 +206,6 @@ def run(
         _log.warning("no API keys: whoever reaches %s may use, and see, everything", host)
     at = f"[{host}]" if ":" in host else host
     _log.info("listening on http://%s:%d", at, sock.getsockname()[1])
-    try:
-        server.run([sock])
-    finally:
-        app.state.front.feed.close()
+    server.run([sock])
     if server.failure is not None:
         raise server.failure

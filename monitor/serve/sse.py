@@ -114,6 +114,11 @@ class EventStream(Response):
 
 async def leave_with_client(relay: Relay, receive: Receive) -> None:
     """Break a response off when its client goes."""
+    await until_gone(receive)
+    relay.leave()
+
+
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client goes; its request was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    relay.leave()

@@ -52,8 +52,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAGE = 16  # tokens of a page of the cache
-_AT_ONCE = 32  # pieces of text in a message
 _ROOMY = 1 << 18  # tokens of a cache that nobody gave a size
+_PART = 32  # events of a message
 FAILED = "the model failed while it wrote this response; try again"
 """What clients are told; the reason is for the log."""
 
@@ -209,7 +209,7 @@ class Batching(BatchingAttachment):
         except ApiError as error:
             return Refused(asked.stream, error.status, error.message, error.code, error.param)
         except PolicyError as error:
-            return Refused(asked.stream, 400, str(error), "invalid_tier", "tier")
+            return Refused(asked.stream, 400, str(error), "invalid_tier", "midstream.tier")
         except ValueError as error:
             return Refused(asked.stream, 400, str(error), "invalid_value", None)
         except Exception:
@@ -265,13 +265,17 @@ class Batching(BatchingAttachment):
         return reader
 
     def _flush(self, ended: float | None, judge_seconds: float | None = None) -> None:
+        """Send what was told since the last time.
+
+        The server takes in one part while the next one is decoded.
+        """
+        at, free = ended or time.monotonic(), self.monitor.free_slots
         with self._telling:
-            at, free = ended or time.monotonic(), self.monitor.free_slots
             told: list[PlainLeft | Event] = []
             while self._told:
                 reader, item = self._told.popleft()
                 told += reader.told(item)
-                if len(told) >= _AT_ONCE:  # the server goes on with these while the rest is decoded
+                if len(told) >= _PART:
                     self._channel.send(Step(at, 0, None, free, told))
                     told = []
             if told or ended is not None:

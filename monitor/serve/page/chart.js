@@ -85,10 +85,12 @@ export class RiskChart {
     const curve = svg("path", { class: "curve", d: path(positions, risks, x, y) });
     const halt = (at, className, text, kind) => {
       marks.append(svg("line", { class: className, x1: x(at), x2: x(at), y1: y(1), y2: y(0) }));
+      // The names of two halts that are near each other would lie on the other's line.
       const crowded = kind === "else" && what.haltedAt !== null && x(what.haltedAt) - x(at) < 100;
-      const end = x(at) > LEFT + this.wide * 0.6 || (crowded && x(at) > LEFT + 100);
-      marks.append(svg("text", { x: x(at) + (end ? -6 : 6), y: kind === "else" ? y(1) + 14 : y(1) - 4,
-        class: `${kind} ${end ? "end" : ""}`, "text-anchor": end ? "end" : "start" }, text));
+      const end = crowded ? x(at) > LEFT + 100 : x(at) > LEFT + this.wide * 0.6;
+      const beside = crowded && !end ? x(what.haltedAt) : x(at);
+      marks.append(svg("text", { x: beside + (end ? -6 : 6), y: kind === "else" ? y(1) + 14 : y(1) - 4,
+        class: kind, "text-anchor": end ? "end" : "start" }, text));
     };
     if (what.otherAt !== null && what.otherAt !== what.haltedAt) {
       halt(what.otherAt, "other", `would halt at ${what.otherAt}`, "else");

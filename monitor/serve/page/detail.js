@@ -3,7 +3,7 @@
 import { RiskChart, drawEvidence } from "./chart.js";
 import { $, describe, el, setClass, setText } from "./dom.js";
 import { replay } from "./replay.js";
-import { BREAKS, clock, count, duration, glyph, risk3, riskClass, word } from "./scale.js";
+import { BREAKS, clock, count, duration, glyph, risk4, riskClass, word } from "./scale.js";
 
 const DRAWN = 3000; // tokens of text on screen; more would make scrolling slow
 
@@ -127,7 +127,7 @@ export class Detail {
       ["began", clock(stream.at)],
       [stream.ended ? "took" : "for", duration(seconds)],
       ["left", count(stream.left, "token")],
-      ["peak risk", risk3(stream.peak)],
+      ["peak risk", risk4(stream.peak)],
       ...(report ? [["scored", String(report.scored)], ["unscored", String(report.unscored)]] : []),
     ]);
     const horizon = levels?.horizon;
@@ -245,7 +245,7 @@ export class Detail {
     $("text").querySelector(".here")?.classList.remove("here");
     token?.classList.add("here");
     const risk = at < 0 ? null : this.curve.risks[at];
-    const said = at < 0 ? "" : `token ${position}, risk ${risk3(risk)}`;
+    const said = at < 0 ? "" : `token ${position}, risk ${risk4(risk)}`;
     setText($("cursor"), said + (said && token && this.store.text ? `, “${token.textContent}”` : ""));
     const slider = $("risk");
     slider.setAttribute("aria-valuemin", this.curve.positions[0] ?? 0);
@@ -270,13 +270,15 @@ function verdict(stream, levels) {
   const above = levels ? `; ${stream.tier} halts at ${levels.halt_at}` : "";
   const at = stream.halted_at === null ? "" : ` at token ${stream.halted_at}`;
   if (stream.state === "halted") {
-    return `Halted${at}: ${stream.cause ?? "cause unknown"}. Risk ${risk3(stream.risk)}${above}.`;
+    return `Halted${at}: ${stream.cause ?? "cause unknown"}. Risk ${risk4(stream.risk)}${above}.`;
   }
   if (stream.state === "error") return `Ended by an error: ${stream.reason ?? "unknown"}`;
   if (stream.state === "waiting") return "Waits for a slot.";
-  if (stream.state === "held") return `Held: nothing leaves until the risk, now ${risk3(stream.risk)}, is lower.`;
+  if (stream.state === "held") {
+    return `Held: nothing leaves until a later token is judged and allowed. Risk ${risk4(stream.risk)}${above}.`;
+  }
   const said = stream.ended ? "Not halted" : "Allowed to go on";
-  return `${said}. Risk ${risk3(stream.risk)}${above}.`;
+  return `${said}. Risk ${risk4(stream.risk)}${above}.`;
 }
 
 const halted = (stream) => (stream.halted_at === null ? "halted" : `halted at ${stream.halted_at}`);

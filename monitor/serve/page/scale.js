@@ -6,7 +6,7 @@ export const BREAKS = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75];
 export const riskClass = (risk) =>
   risk === null ? "" : `r${BREAKS.filter((edge) => risk >= edge).length}`;
 
-export const risk3 = (risk) => (risk === null ? "–" : risk.toFixed(3));
+export const risk4 = (risk) => (risk === null ? "–" : risk.toFixed(4));
 
 export const risk2 = (risk) => (risk === null ? "–" : risk.toFixed(2));
 

@@ -1,0 +1,205 @@
+"""Ends that come at an awkward moment: of a client, of the server, of a worker in the making."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from http_service import CHAT, CHATS, LONG, LONG_LIVED, PATIENCE, Service, wait_for
+
+from midstream import testbed
+from midstream.bundle import Bundle
+from midstream.serve import rotation
+from midstream.serve.engine import Ask
+from midstream.serve.errors import ApiError
+from midstream.serve.feed import Feed
+from midstream.serve.local import LocalEngine
+from midstream.serve.relay import ClientGoneError, Relay
+from midstream.serve.rotation import ReloadError, Rotation
+from midstream.serve.serving import Serving
+from midstream.serve.settings import Settings
+from midstream.streams import Event
+
+
+def run(work: Any) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(work, PATIENCE)
+
+    return asyncio.run(bounded())
+
+
+# -- clients --------------------------------------------------------------------------------------
+
+
+def test_a_client_that_goes_just_before_the_first_event_ends_its_stream() -> None:
+    class Endless:
+        ask = Ask("s", "m", None, "x", 9)
+        prompt_tokens = completion_tokens = 0
+        cancelled = False
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+        async def __aiter__(self) -> Any:
+            relay.leave()
+            yield Event(type="admitted", stream="s", bundle="b")
+            await asyncio.Event().wait()
+
+    stream = Endless()
+
+    async def follow() -> None:
+        nonlocal relay
+        relay = Relay(stream, (), Settings())
+        with pytest.raises(ClientGoneError):
+            await relay.run(lambda piece: asyncio.sleep(0))
+
+    relay: Any = None
+    run(follow())
+    assert stream.cancelled
+
+
+def test_every_request_of_a_pipelining_client_ends_with_its_connection() -> None:
+    service = Service(**LONG_LIVED)
+    body = json.dumps({**CHAT, **LONG}).encode()
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with service.listening() as address:
+        sock = address.connect()
+        sock.sendall(request * 2)
+        assert sock.recv(1024)
+        sock.close()
+        service.settled()
+        (stream,) = service.engine.streams
+        assert stream.cancelled
+
+
+def test_a_client_that_goes_while_the_engine_begins_is_not_waited_for() -> None:
+    service = Service()
+    began, left = [], []
+
+    async def submit(ask: Ask) -> Any:
+        began.append(ask)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.append(ask)
+
+    service.engine.submit = submit
+    with service.listening() as address:
+        sock = address.send(CHAT)
+        wait_for(lambda: began)
+        sock.close()
+        service.settled()
+        assert left == began
+
+
+# -- workers --------------------------------------------------------------------------------------
+
+
+class Loading(Serving):
+    """A worker that is ready when it is told so; without a process."""
+
+    made: list[Loading]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.may_serve, self.given_up = asyncio.Event(), False
+        self.worker.stop = self._stopped  # type: ignore[method-assign]
+
+    async def _stopped(self) -> None:
+        pass
+
+    async def start(self) -> None:
+        self.made.append(self)
+        try:
+            await self.may_serve.wait()
+        except asyncio.CancelledError:
+            self.given_up = True
+            raise
+
+
+class Rotating(Rotation):
+    _serve = Loading
+
+
+@pytest.fixture
+def rotating(monkeypatch: pytest.MonkeyPatch) -> Rotation:
+    from midstream import testbed
+
+    bundle = testbed.load_bundle()
+
+    def load(folder: Any) -> Bundle:
+        return bundle
+
+    monkeypatch.setattr(rotation, "_load", load)
+    monkeypatch.setattr("midstream.serve.workers.Worker.pid", 1)
+    Loading.made = []
+    plan = {
+        "model": None, "slots": 1, "cache_tokens": None, "batch_tokens": 8, "tier": None,
+        "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return Rotating(Feed(), None, plan, lambda channel, plan: None)
+
+
+async def loading(count: int) -> Loading:
+    while len(Loading.made) < count:
+        await asyncio.sleep(0)
+    return Loading.made[-1]
+
+
+def test_a_reload_while_the_server_starts_is_refused(rotating: Rotation) -> None:
+    async def start() -> None:
+        starting = asyncio.create_task(rotating.start())
+        await asyncio.sleep(0)
+        with pytest.raises(ReloadError, match="under way"):
+            await rotating.reload(None)
+        (await loading(1)).may_serve.set()
+        await starting
+        assert rotating.unready is None
+        assert len(Loading.made) == 1
+        await rotating.close(0.0)
+
+    run(start())
+
+
+def test_an_end_does_not_wait_for_a_model_that_is_being_loaded(rotating: Rotation) -> None:
+    async def end() -> None:
+        starting = asyncio.create_task(rotating.start())
+        (await loading(1)).may_serve.set()
+        await starting
+        reloading = asyncio.create_task(rotating.reload(None))
+        second = await loading(2)
+        await rotating.close(0.0)
+        assert second.given_up
+        with pytest.raises(ReloadError, match="shutting down"):
+            await reloading
+
+    run(end())
+
+
+def test_an_end_while_the_server_starts_is_no_failure(rotating: Rotation) -> None:
+    async def end() -> None:
+        starting = asyncio.create_task(rotating.start())
+        first = await loading(1)
+        starting.cancel()
+        await rotating.close(0.0)
+        assert first.given_up
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    run(end())
+
+
+def test_nobody_gets_a_looser_tier_than_the_server_was_started_with() -> None:
+    engine = LocalEngine(Feed(), tier="strict")
+    policy = testbed.load_bundle().policy
+    policy.tier_for("moderate")  # which would allow it
+    ready = SimpleNamespace(policy=policy, tier="strict")
+    engine._serving, engine._unready = SimpleNamespace(ready=ready, streams={}), None
+    asked = Ask("s", "testbed", None, "x", 9, tier="moderate")
+    with pytest.raises(ApiError, match="'moderate' is looser than this server allows") as refused:
+        run(engine.submit(asked))
+    assert (refused.value.status, refused.value.param) == (400, "midstream.tier")
