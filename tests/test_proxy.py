@@ -473,7 +473,7 @@ def test_what_the_local_model_cannot_be_given_is_refused(front: Proxy) -> None:
     asked = len(front.upstream.seen)
     long = "w7 " * reading_toys.WINDOW
     assert code(front.ask(long)) == (400, "context_length_exceeded", "messages")
-    assert code(front.ask(tier="loose")) == (400, "invalid_tier", "tier")
+    assert code(front.ask(tier="loose")) == (400, "invalid_tier", "midstream.tier")
     assert code(Ask("x", "other", (), "w5", 8)) == (404, "model_not_found", "model")
     assert code(Ask("x", "watched", None, (5, 6), 8)) == (400, "unsupported_parameter", "prompt")
     assert len(front.upstream.seen) == asked
