@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from http_service import CHAT, CHATS, LONG, LONG_LIVED, PATIENCE, Service, wait_for
+from http_service import CHAT, CHATS, LONG_LIVED, PATIENCE, Service, read_all, wait_for
 
 from midstream import testbed
 from midstream.bundle import Bundle
@@ -19,6 +20,7 @@ from midstream.serve.feed import Feed
 from midstream.serve.local import LocalEngine
 from midstream.serve.relay import ClientGoneError, Relay
 from midstream.serve.rotation import ReloadError, Rotation
+from midstream.serve.run import allow_sockets
 from midstream.serve.serving import Serving
 from midstream.serve.settings import Settings
 from midstream.streams import Event
@@ -61,23 +63,36 @@ def test_a_client_that_goes_just_before_the_first_event_ends_its_stream() -> Non
     assert stream.cancelled
 
 
-def test_every_request_of_a_pipelining_client_ends_with_its_connection() -> None:
-    service = Service(**LONG_LIVED)
-    body = json.dumps({**CHAT, **LONG}).encode()
+def pipelined(body: Any) -> bytes:
+    raw = json.dumps(body).encode()
     head = f"POST {CHATS} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return (f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw) * 2
+
+
+def test_a_client_that_goes_with_a_request_behind_its_own_ends_its_stream() -> None:
+    service = Service(**LONG_LIVED)
     with service.listening() as address:
         sock = address.connect()
-        sock.sendall(request * 2)
-        assert sock.recv(1024)
+        sock.sendall(pipelined({**CHAT, "max_tokens": 4096}))
+        service.wait_for_streams(1)
         sock.close()
         service.settled()
         (stream,) = service.engine.streams
         assert stream.cancelled
 
 
-def test_a_client_that_goes_while_the_engine_begins_is_not_waited_for() -> None:
+def test_a_request_behind_another_is_left_to_be_sent_again() -> None:
     service = Service()
+    with service.listening() as address:
+        sock = address.connect()
+        sock.sendall(pipelined(CHAT))
+        told = read_all(sock)
+        assert told.count(b"HTTP/1.1 ") == told.count(b"HTTP/1.1 200 OK") == 1
+        assert len(service.engine.asked) == 1
+
+
+def test_a_client_that_goes_while_the_engine_begins_is_not_waited_for() -> None:
+    service = Service(settings={"start_seconds": 10 * PATIENCE})
     began, left = [], []
 
     async def submit(ask: Ask) -> Any:
@@ -203,3 +218,26 @@ def test_nobody_gets_a_looser_tier_than_the_server_was_started_with() -> None:
     with pytest.raises(ApiError, match="'moderate' is looser than this server allows") as refused:
         run(engine.submit(asked))
     assert (refused.value.status, refused.value.param) == (400, "midstream.tier")
+
+
+# -- the server -----------------------------------------------------------------------------------
+
+
+def test_the_limit_of_open_files_is_raised_for_its_connections(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = 2048 if before[1] == resource.RLIM_INFINITY else before[1]
+    wanted = min(hard, 2048) - 256
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        allow_sockets(wanted)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted + 256, before[1])
+        assert not caplog.text
+        allow_sockets(8)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted + 256, before[1])
+        if before[1] != resource.RLIM_INFINITY:
+            allow_sockets(before[1])
+            assert f"{before[1]} files may be open" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

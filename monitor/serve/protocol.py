@@ -30,6 +30,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     settings: ClassVar[Settings]
 
+    _is_early = False
+    """Whether a request came before the one before it was answered."""
     _in_head = True
     _head_bytes = 0
     _head_due: asyncio.TimerHandle | None = None
@@ -37,7 +39,6 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or close it at once where there are too many."""
         super().connection_made(transport)
-        self._unanswered: list[RequestResponseCycle] = []
         if len(self.connections) > self.settings.max_connections:
             transport.abort()
             return
@@ -51,38 +52,62 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; outside a request that is being answered only for so long, and so much."""
+        if self._is_early:
+            return
         if self.cycle is None or self.cycle.response_complete:
             self._arm()
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if self._in_head and not self._is_early and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 message = f"the request's head is larger than {MAX_HEAD_BYTES} bytes"
                 self._refuse(ApiError(431, message, code="head_too_large"))
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Begin a request, or leave it unread and the connection to end with the one before.
+
+        uvicorn would read no more of the socket, and so not see that its client has gone.
+        """
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._is_early, self.cycle.keep_alive = True, False
+            return
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
         self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
 
+    def on_url(self, url: bytes) -> None:
+        """Take a part of it."""
+        if not self._is_early:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a part of it."""
+        if not self._is_early:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of it."""
+        if not self._is_early:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Take the end of it."""
+        if not self._is_early:
+            super().on_message_complete()
+
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
+        if self._is_early:
+            return
         self._in_head = False
         self._disarm()
         super().on_headers_complete()
-        assert self.cycle is not None
-        waiting = [cycle for cycle in self._unanswered if not cycle.response_complete]
-        self._unanswered = [*waiting, self.cycle]
         self.scope[WRITE] = partial(_write, self.cycle)  # type: ignore[literal-required]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it, and tell every request on it; uvicorn tells the last that came."""
+        """Forget it."""
         self._disarm()
         super().connection_lost(exc)
-        for cycle in self._unanswered:
-            cycle.disconnected = cycle.disconnected or not cycle.response_complete
-            cycle.message_event.set()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, with the standard error object."""

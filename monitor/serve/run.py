@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,9 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 GRACE = 5.0
 """Seconds beyond those for draining: for the engine to cut, and for clients to be told."""
+
+
+_OTHER_FILES = 256  # logs, libraries, the worker's channel
 
 
 class ListenError(OSError):
@@ -148,6 +152,24 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def allow_sockets(count: int) -> None:
+    """Raise the limit of open files as far as so many sockets, and what else is open, need.
+
+    Often it is 1024: idle clients could then keep the audit log from beginning a file, and a worker
+    from being started.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        _log.warning(
+            "%d files may be open, and %d connections need %d: raise the limit (ulimit -Hn), or "
+            "lower max_connections in the settings", hard, count, needed,
+        )  # fmt: skip
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Socket to serve on.
 
@@ -190,6 +212,7 @@ def run(
     Exception
         What ``start`` raised.
     """
+    allow_sockets(app.state.front.settings.max_connections)
     sock = listen(host, port)
     server = Server(app, drain=drain, start=start, reload=reload)
     if app.state.front.keys.open and host not in _LOOPBACK:
