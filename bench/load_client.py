@@ -40,6 +40,7 @@ class Tally:
     arrived: array[float] = field(default_factory=lambda: array("d"))
     read: array[float] = field(default_factory=lambda: array("d"))
     reasons: dict[str, int] = field(default_factory=dict)
+    prompt: int = 0
     tokens: int = 0
     scored: int = 0
     unscored: int = 0
@@ -161,6 +162,7 @@ def _count(connection: _Connection, tally: Tally) -> None:
         tally.read.append(read)
     tally.streams.append((chunks[0][1]["id"], len(ends)))
     tally.reasons[reasons[0]] = tally.reasons.get(reasons[0], 0) + 1
+    tally.prompt += usage["prompt_tokens"]
     tally.tokens += usage["completion_tokens"]
     tally.scored += facts["scored"]
     tally.unscored += facts["unscored"]

@@ -234,8 +234,9 @@ def check(tally: Tally, metrics: dict[tuple[str, ...], float], service: Service)
             if not 0 <= more <= tally.left:
                 faults.append(f"{what}, {name}: the server says {said}, the clients {seen}")
     names = {"tokens_scored_total": tally.scored, "tokens_unscored_total": tally.unscored}
+    most = tally.left * MAX_TOKENS + metrics["prompt_tokens_total",] - tally.prompt
     for name, seen_tokens in {**names, "generation_tokens_total": tally.tokens}.items():
-        if not 0 <= metrics[name,] - seen_tokens <= tally.left * MAX_TOKENS:
+        if not 0 <= metrics[name,] - seen_tokens <= most:
             faults.append(f"{name}: the server says {metrics[name,]}, the clients {seen_tokens}")
     for name in ("tokens_delivered_unscored_total", "feed_failures_total", "worker_restarts_total"):
         if metrics[name,]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ import pytest
 import reading_toys
 from fake_upstream import Connection, FakeUpstream, chunk, event
 from serving import PATIENCE, Seen, events_of, text_of
+from typer.testing import CliRunner
 
+from midstream.cli import app as cli
 from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
@@ -160,12 +163,20 @@ def test_text_completions(front: Proxy) -> None:
     assert front.upstream.seen[-1].body["prompt"] == "w5 w6"
 
 
+async def alive(connection: Connection) -> None:
+    """Never stall, and say nothing, until the connection is closed."""
+    with contextlib.suppress(ConnectionError):
+        while not connection.gone.is_set():
+            await connection.send(b": still there\n\n")
+            await asyncio.sleep(0.05)
+
+
 def test_a_halt_closes_the_connection_at_once(front: Proxy) -> None:
     async def play(connection: Connection) -> None:
         await connection.begin()
         for text in ("w7 ", "w8 ", "bad ", "w9 "):
             await connection.send(chunk(text))
-        await asyncio.wait_for(connection.gone.wait(), 10)
+        await alive(connection)
 
     events = front.run(front.answer(play))
     assert text_of(events) == "w7 w8"
@@ -178,7 +189,7 @@ def test_so_does_a_client_that_leaves(front: Proxy) -> None:
     async def play(connection: Connection) -> None:
         await connection.begin()
         await connection.send(chunk("w7 w8 "))
-        await asyncio.wait_for(connection.gone.wait(), 10)
+        await alive(connection)
 
     async def leave() -> list[Event]:
         front.upstream.play = play
@@ -462,7 +473,7 @@ def test_what_the_local_model_cannot_be_given_is_refused(front: Proxy) -> None:
     asked = len(front.upstream.seen)
     long = "w7 " * reading_toys.WINDOW
     assert code(front.ask(long)) == (400, "context_length_exceeded", "messages")
-    assert code(front.ask(tier="loose")) == (400, "invalid_tier", "tier")
+    assert code(front.ask(tier="loose")) == (400, "invalid_tier", "midstream.tier")
     assert code(Ask("x", "other", (), "w5", 8)) == (404, "model_not_found", "model")
     assert code(Ask("x", "watched", None, (5, 6), 8)) == (400, "unsupported_parameter", "prompt")
     assert len(front.upstream.seen) == asked
@@ -645,3 +656,25 @@ def test_a_killed_worker_and_a_shut_down_leave_nothing_open() -> None:
     with proxy() as made:
         made.run(killed(made))
         made.run(shut_down(made))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--upstream", "ftp://host/v1"], "expected http(s)://host/v1"),
+        (["--upstream", "http://host/v1", "--upstream-key", "open"], "only its owner can read"),
+        (["--upstream", "http://host/v1", "--upstream-key", "two words"], "printable ASCII"),
+        (["--upstream", "http://host/v1", "--model", "m"], "give --bundle"),
+    ],
+)
+def test_the_command_refuses_what_cannot_work(
+    options: list[str], told: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    for name, mode in (("open", 0o644), ("two words", 0o600)):
+        (tmp_path / name).write_text("two words")
+        (tmp_path / name).chmod(mode)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["proxy", "--upstream-model", "theirs", *options])
+    assert result.exit_code != 0
+    assert told in " ".join(f"{result.output} {result.exception}".split())
+    assert "two words" not in str(result.exception)

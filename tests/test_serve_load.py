@@ -35,7 +35,7 @@ CHUNK = b'data: {"id": "chatcmpl-00ff", "choices": [%b], "usage": %b, "midstream
 FACTS = b'{"scored": 2, "unscored": 0, "halted_at": null, "cause": null}'
 WORD = CHUNK % (b'{"delta": {"content": "a"}, "finish_reason": null}', b"null", b"null")
 LAST = CHUNK % (b'{"delta": {}, "finish_reason": "stop"}', b"null", FACTS)
-USAGE = CHUNK % (b"", b'{"completion_tokens": 2}', b"null")
+USAGE = CHUNK % (b"", b'{"prompt_tokens": 3, "completion_tokens": 2}', b"null")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -89,7 +89,8 @@ def test_clients_count_what_they_get() -> None:
     whole = tally.reasons["stop"]
     assert tally.faults == []
     assert tally.streams == [("chatcmpl-00ff", 2)] * whole
-    assert (tally.tokens, tally.scored, tally.halts) == (2 * whole, 2 * whole, {})
+    counts = (tally.prompt, tally.tokens, tally.scored, tally.halts)
+    assert counts == (3 * whole, 2 * whole, 2 * whole, {})
     assert len(tally.arrived) == len(tally.read) == 2 * whole
     late = np.array(tally.read) - np.array(tally.arrived)
     assert (late > -0.01).all()  # both on one clock
@@ -152,6 +153,7 @@ def told(**changes: float) -> dict[tuple[str, ...], float]:
         ("tokens_scored_total",): 100.0,
         ("tokens_unscored_total",): 0.0,
         ("generation_tokens_total",): 90.0,
+        ("prompt_tokens_total",): 60.0,
         ("tokens_delivered_unscored_total",): 0.0,
         ("feed_failures_total",): 0.0,
         ("worker_restarts_total",): 0.0,
@@ -162,6 +164,7 @@ def told(**changes: float) -> dict[tuple[str, ...], float]:
 SEEN: dict[str, Any] = {
     "reasons": {"stop": 5, "content_filter": 2},
     "halts": {"drift": 2},
+    "prompt": 50,
     "tokens": 90,
     "scored": 100,
     "left": 1,
@@ -245,11 +248,30 @@ def test_the_garbage_collector_leaves_alone_what_is_there_at_the_start() -> None
         feed = Feed()
         await Server(create_app(ScriptedEngine(feed), feed), drain=0.0)._start(nothing)
 
+    thresholds = gc.get_threshold()
     try:
         asyncio.run(run())
         assert gc.get_freeze_count() > 10_000
+        collections = gc.get_stats()[2]["collections"]
+        _Cycle.alive = 0
+        for _ in range(30_000):  # as the streams that ended may
+            _Cycle()
+        assert gc.get_stats()[2]["collections"] > collections
+        assert _Cycle.alive < 20_000
     finally:
         gc.unfreeze()
+        gc.set_threshold(*thresholds)
+
+
+class _Cycle:
+    alive = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+        _Cycle.alive += 1
+
+    def __del__(self) -> None:
+        _Cycle.alive -= 1
 
 
 def test_a_slope_is_per_minute() -> None:

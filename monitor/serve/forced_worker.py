@@ -185,7 +185,7 @@ def _refusal(error: Exception, asked: Submit) -> tuple[int, str, str, str | None
         case PromptError():
             return 400, str(error)[:500], "invalid_prompt", param
         case PolicyError():
-            return 400, str(error), "invalid_tier", "tier"
+            return 400, str(error), "invalid_tier", "midstream.tier"
         case NoFreeSlotError():
             return 429, "all slots are taken; try again later", "too_many_requests", None
         case UnicodeError():

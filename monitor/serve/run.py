@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -17,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from midstream.serve.app import Front
+from midstream.serve.garbage import freeze
 from midstream.serve.local import ReloadError
 from midstream.serve.protocol import guarded
 
@@ -150,16 +150,6 @@ class Server(uvicorn.Server):
             _log.exception("the engine failed to end")
         front.admission.cut()
         self.should_exit = True
-
-
-def freeze() -> None:
-    """Let the garbage collector leave alone what is there.
-
-    It would look through all modules of torch and the rest every now and then, and stop every
-    stream meanwhile: 50 ms and more, measured by bench/serve_load.py.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def allow_sockets(count: int) -> None:

@@ -5,7 +5,6 @@ It ends when its channel does, or when the generation loop fails.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from midstream.monitor import Monitor
 from midstream.policy import PolicyError
 from midstream.serve.channel import Channel
 from midstream.serve.errors import ApiError
+from midstream.serve.garbage import freeze
 from midstream.serve.messages import (
     Accepted,
     Cancel,
@@ -81,8 +81,7 @@ def run(
                 _log.exception("the model cannot be served")
             channel.send(Failed(str(error)))
             return
-        gc.collect()  # for the reason that `midstream.serve.run.freeze` gives
-        gc.freeze()
+        freeze()
         answer(channel, serving)
 
 
@@ -124,8 +123,6 @@ def build(channel: Channel, plan: Plan) -> Batching:
 
 def answer(channel: Channel, serving: Batching) -> None:
     """Do what the messages ask for, until there are no more."""
-    gc.collect()
-    gc.freeze()  # or each full collection would look at all of torch, for a quarter of a second
     channel.send(serving.ready)
     for message in channel:
         match message:
