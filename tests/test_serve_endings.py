@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from http_service import CHAT, CHATS, LONG_LIVED, PATIENCE, Service, fault, read_all, wait_for
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from midstream import testbed
 from midstream.bundle import Bundle
+from midstream.engines.hf.growing_text import GrowingText, literal
 from midstream.serve import rotation
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
@@ -251,3 +254,16 @@ def test_a_path_that_is_no_number_gets_the_standard_error() -> None:
         response = service.request("GET", f"/live/streams/{path}")
         assert fault(response, 404)["code"] == "not_found"
         assert path not in response.text
+
+
+# -- text that cannot be judged -------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_drops_what_it_does_not_know_is_refused() -> None:
+    """Its characters have no token, and would leave with whatever comes after them."""
+    drops = Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2}, []))
+    assert GrowingText(drops).push("\u2603" * 99) == []
+    with pytest.raises(ValueError, match="drops characters that it does not know"):
+        literal(PreTrainedTokenizerFast(tokenizer_object=drops))
+    told = models.BPE({"a": 0, "b": 1, " ": 2, "?": 3}, [], unk_token="?")
+    literal(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(told)))

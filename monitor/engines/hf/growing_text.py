@@ -21,6 +21,7 @@ LOOKAHEAD = 16
 LONGEST = 128
 """Characters that wait at most; then the text is cut where it stands."""
 _CONTEXT = 32
+_UNKNOWN = "\U0010fffd"  # for private use: in no vocabulary
 
 # A blank ends what is before it. Other white space may yet be joined to it (".\n\n" is one token of
 # many tokenizers), until something else follows.
@@ -136,7 +137,8 @@ def literal(tokenizer: Any) -> Tokenizer:
     Raises
     ------
     ValueError
-        For a tokenizer that does not tell which characters a token covers.
+        For a tokenizer that does not tell which characters a token covers, or that has no token
+        for some.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -148,4 +150,9 @@ def literal(tokenizer: Any) -> Tokenizer:
     copy.encode_special_tokens = True
     copy.no_truncation()
     copy.no_padding()
+    if not copy.encode(_UNKNOWN, add_special_tokens=False).ids:
+        raise ValueError(
+            "the tokenizer drops characters that it does not know: text of these would leave "
+            "unjudged; use one with an unknown token, or with bytes to fall back on"
+        )
     return copy
