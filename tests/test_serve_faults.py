@@ -226,6 +226,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_stays(
 ) -> None:
     house = reloaded
     engine, served_by = house.engine, pid_of(house)
+    processes = set(psutil.Process().children())
     assert engine.bundle is not None
     old = engine.bundle.hash
     for name, cause in [
@@ -248,7 +249,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_stays(
         _, events = house.run(answer(engine, ask(3)))
         assert (events[-1].type, events[-1].bundle) == ("finished", old)
     assert psutil.pid_exists(served_by)
-    assert len(psutil.Process().children()) == len({served_by, *helpers()})
+    assert set(psutil.Process().children()) <= processes
     assert house.settled().slots == 4
 
 

@@ -93,7 +93,7 @@ def test_a_cancelled_stream_ends_and_gives_its_slot_back(house: House, pause: Pa
 def test_what_cannot_be_served_is_refused_with_a_code(house: House) -> None:
     for options, status, code, param in [
         ({"model": "gpt-9"}, 404, "model_not_found", "model"),
-        ({"tier": "brave"}, 400, "invalid_tier", "tier"),
+        ({"tier": "brave"}, 400, "invalid_tier", "midstream.tier"),
         ({"prompt": "the urn " * 600}, 400, "context_length_exceeded", "prompt"),
         ({"prompt": ""}, 400, "invalid_prompt", "prompt"),
         ({"prompt": (5, 9999)}, 400, "invalid_prompt", "prompt"),

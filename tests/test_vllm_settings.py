@@ -27,6 +27,7 @@ def config(**changes):
         "model_config": Namespace(
             runner_type="generate",
             is_encoder_decoder=False,
+            is_diffusion=False,
             enable_prompt_embeds=False,
             logits_processors=[PROCESSOR],
         ),
@@ -41,6 +42,7 @@ def config(**changes):
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
+        "weight_transfer_config": None,
     }
     for name, value in changes.items():
         part, _, field = name.partition("__")
@@ -64,6 +66,8 @@ def test_the_usual_configuration_is_accepted():
         ({"speculative_config": object()}, "speculative decoding"),
         ({"lora_config": object()}, "--enable-lora"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"weight_transfer_config": object()}, "--weight-transfer-config"),
+        ({"model__is_diffusion": True}, "a diffusion model"),
         ({"parallel__pipeline_parallel_size": 2}, "pipeline parallel over 2"),
         ({"parallel__prefill_context_parallel_size": 2}, "context parallel over 2"),
         ({"parallel__enable_dbo": True}, "--enable-dbo"),

@@ -99,10 +99,10 @@ def test_every_row_is_judged_under_its_own_stream(seed):
             work[name] = (first, chunk)
             computed[name] += len(chunk)
         judged = engine.step(work, fresh, padding=draw.randint(0, 3))
-        for name, judgement in judged.items():
-            assert judgement.position == computed[name] - 1
-            if judgement.verdict == Verdict.HALT and name not in halted:
-                halted[name] = judgement.position
+        for name, (position, verdict, *_) in judged.items():
+            assert position == computed[name] - 1
+            if verdict == Verdict.HALT and name not in halted:
+                halted[name] = position
         for name in [n for n in computed if computed[n] == len(prompts[n] + responses[n])]:
             del computed[name]
             engine.finish(name)
@@ -149,7 +149,7 @@ def test_a_stream_that_is_scheduled_again_keeps_its_slot():
     engine = FakeEngine(slots=1)
     engine.step({"a": (0, [7, 8])}, [new("a", [7])])
     judged = engine.step({"a": (0, [7, 8, toy.BAD])}, [new("a", [7])])
-    assert judged["a"].verdict == Verdict.HALT
+    assert judged["a"][1] == Verdict.HALT
     engine.finish("a", "never scheduled")
     engine.step({"b": (0, [7])}, [new("b", [7])])
     assert engine.watch.status()["streams"] == 1

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
-
-from vllm import envs
 
 from midstream.engines.vllm.settings import (
     ANY_VERSION,
@@ -92,7 +91,7 @@ def check_config(config: Any) -> None:
             "--weight-transfer-config replaces the weights that the probes were made for",
             "leave it out",
         )
-    if envs.VLLM_USE_RUST_FRONTEND:
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0":
         _refuse(
             "VLLM_USE_RUST_FRONTEND=1: vLLM's Rust front end loads no plugins, so clients would "
             "not be told of a halt",
