@@ -578,21 +578,22 @@ def test_chats_and_tiers() -> None:
 
 
 def test_refusals() -> None:
+    lm = toy.new_model()  # the shared one has hooks of transformers' own, after some tests
     with pytest.raises(UnsupportedGenerationError, match=f"trace={CHUNK} or more"):
-        ForcedStreams(toy.monitor(), toy.model(), toy.tokenizer())
+        ForcedStreams(toy.monitor(), lm, toy.tokenizer())
     for window in (7, toy.WINDOW + 1):
         with pytest.raises(UnsupportedGenerationError, match="window: expected 8 to 64"):
-            ForcedStreams(toy_monitor(), toy.model(), toy.tokenizer(), window=window)
+            ForcedStreams(toy_monitor(), lm, toy.tokenizer(), window=window)
     monitor = toy_monitor(slots=1)
     taken = monitor.admit("other", 1)
     with (
         pytest.raises(UnsupportedGenerationError, match="1 slots of the monitor are taken"),
-        ForcedStreams(monitor, toy.model(), toy.tokenizer()),
+        ForcedStreams(monitor, lm, toy.tokenizer()),
     ):
         pass
     monitor.retire(taken)
     bare = PreTrainedTokenizerFast(tokenizer_object=toy.tokenizer().backend_tokenizer)
-    with ForcedStreams(monitor, toy.model(), bare) as forced:
+    with ForcedStreams(monitor, lm, bare) as forced:
         with pytest.raises(PromptError, match="chat template"):
             forced.open("a", [{"role": "user", "content": "w5"}])
         with pytest.raises(PromptLengthError, match=r"prompt has 64 tokens.*window is 64"):
@@ -618,7 +619,7 @@ def test_refusals() -> None:
         assert not forced.busy
         forced.open("b", "w5")
     assert monitor.free_slots == 1
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.model().modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.modules())
 
 
 def test_a_text_that_broke_off_is_judged_and_ends_with_an_error() -> None:
