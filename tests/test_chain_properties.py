@@ -339,9 +339,9 @@ def test_the_order_of_evidence_within_a_token_does_not_matter_and_between_tokens
 
 
 @st.composite
-def counted(draw, least=0, states=st.integers(1, 4)):
+def counted(draw, least=0, states=None):
     """Counts of a chain of K states whose states are its bins."""
-    k = draw(states)
+    k = draw(st.integers(1, 4)) if states is None else states
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     many = draw(st.sampled_from([1, 20, 500]))
     moves = rng.integers(least, many + least + 1, (k + 1, k + 1)).astype(float)
@@ -383,7 +383,7 @@ def test_wilson_contains_the_share_and_is_symmetric(hits, misses, level):
 @given(st.data())
 def test_shrinkage_has_the_pooled_row_and_the_raw_one_for_limits(data):
     counts = data.draw(counted())
-    others = data.draw(counted(states=st.just(counts.states)))
+    others = data.draw(counted(states=counts.states))
     center = np.array(others.moves + 1.0)
     center /= center.sum(axis=1, keepdims=True)
     rows = counts.moves
