@@ -298,11 +298,11 @@ def test_a_sweep_is_one_judgement_per_threshold(rng, on_unscored):
 
 
 def test_holds_move_no_halt(rng):
-    bundle = random_bundle(rng)
-    recording = random_recording(rng, bundle, 600)  # some of which is held, whatever the chain
-    found = sweep(recording, bundle, [0.8], horizons=[3])
-    policy = Policy(tiers={"moderate": TIERS["moderate"]}, default_tier="moderate")
-    judged = rejudge(recording, bundle, policy=policy)
+    bundle = with_tiers(random_bundle(rng), rng)
+    recording = random_recording(rng, bundle, 60)
+    levels = bundle.policy.tiers["moderate"]
+    found = sweep(recording, bundle, [levels.halt_at], horizons=[levels.horizon])
+    judged = rejudge(recording, bundle)
     assert (judged.verdict == Verdict.HOLD).any()
     assert (found.halted_at[0, 0] == judged.halted_at).all()
 
