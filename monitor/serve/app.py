@@ -239,7 +239,7 @@ class Front:
 async def _whole(request: Request, relay: Relay, writer: Writer) -> Response:
     texts: list[str] = []
 
-    async def deliver(piece: Piece) -> None:
+    def deliver(piece: Piece) -> None:
         texts.append(piece.text)
 
     watch = asyncio.ensure_future(leave_with_client(relay, request.receive))

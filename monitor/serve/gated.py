@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from midstream.bundle import Bundle, BundleError
 from midstream.ledger.ledger import Ledger
 from midstream.monitor import DEFAULT_TRACE
 from midstream.policy import PolicyError
-from midstream.serve.engine import Ask, Engine, Stream
+from midstream.serve.engine import Ask, Engine, Events, Released, Stream
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed, Observer, Opened
 from midstream.serve.local import ReloadError
@@ -252,7 +252,7 @@ class GatedEngine:
         return ApiError(400, message, code="invalid_value", param=param)
 
 
-class GatedStream:
+class GatedStream(Events):
     """A response that the gate judges before any of it leaves.
 
     Parameters
@@ -268,46 +268,41 @@ class GatedStream:
     def __init__(
         self, stream: Stream, opened: Opened, feed: HeldFeed, gate: TurnGate, turn: Turn
     ) -> None:
+        super().__init__()
         self.ask = stream.ask
         self.prompt_tokens = stream.prompt_tokens
         self.completion_tokens = 0
         self._stream, self._opened, self._feed = stream, opened, feed
         self._gate, self._turn = gate, turn
-        self._held: list[Event] = []
+        self._held: list[Released] = []
         self._halted = False
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self.ended: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._follow())
-        """Done when it has ended."""
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Give the events as they come."""
-        while True:
-            event = await self._events.get()
-            yield event
-            if event.type in ("finished", "error"):
-                return
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when it has ended, whether or not somebody follows it."""
+        stream.follow(self._take)
 
     def cancel(self) -> None:
         """End it soon; without effect once the gate judges."""
         self._stream.cancel()
 
-    async def _follow(self) -> None:
-        """Read the engine's stream to its end, whether or not somebody reads this one."""
+    def _take(self, event: Released | Event) -> None:
+        """Follow the engine's stream."""
+        if isinstance(event, Released):
+            self._held.append(event)
+        elif event.type == "finished":
+            self._judging = asyncio.ensure_future(self._judge(event))
+        else:
+            self._halted = self._halted or event.type == "halted"
+            self._tell(_withheld(event) if event.type == "error" else event)
+
+    async def _judge(self, finished: Event) -> None:
         try:
-            async for event in self._stream:
-                if event.type == "released":
-                    self._held.append(event)
-                elif event.type == "finished":
-                    await self._judge(event)
-                else:
-                    self._halted = self._halted or event.type == "halted"
-                    self._tell(_withheld(event) if event.type == "error" else event)
+            await self._ask_gate(finished)
         except Exception:
             _log.exception("stream %s: its response could not be judged", self.ask.stream)
             told = "the response could not be judged, so it was withheld; try again"
             self._tell(self._event("error", message=told))
 
-    async def _judge(self, finished: Event) -> None:
+    async def _ask_gate(self, finished: Event) -> None:
         """Ask the gate, and tell what it says."""
         if finished.report is None or finished.message == "cancelled":
             self._tell(_withheld(finished))
@@ -317,8 +312,9 @@ class GatedStream:
         if decision.delivers:
             self._tell(self._event("verdict", verdict="CONTINUE", **facts))
             self.completion_tokens = self._stream.completion_tokens
-            for event in self._held:
-                self._tell(event)
+            for held in self._held:
+                self._feed.tell(self._opened, self._event("released", **held._asdict()))
+                self.put(held)
             self._tell(finished)
             return
         cause = f"turn gate: {decision.cause}"
@@ -339,7 +335,7 @@ class GatedStream:
         """Judge, and write the turn down as the client will have it; in a thread."""
         gate, turn = self._gate, self._turn
         decision = gate.judge(turn, finished.report, halted=self._halted)
-        text = "".join(event.text or "" for event in self._held)
+        text = "".join(held.text for held in self._held)
         return gate.commit(turn, decision, text if decision.delivers else "")
 
     def _event(self, type: str, **facts: Any) -> Event:
@@ -348,7 +344,9 @@ class GatedStream:
 
     def _tell(self, event: Event) -> None:
         self._feed.tell(self._opened, event)
-        self._events.put_nowait(event)
+        self.put(event)
+        if event.type in ("finished", "error"):
+            self.ended.set_result(None)
 
 
 def _withheld(end: Event) -> Event:

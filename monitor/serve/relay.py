@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from midstream.serve.engine import Stream
+from midstream.serve.engine import Released, Stream
 from midstream.serve.errors import ApiError
 from midstream.serve.settings import Settings
 from midstream.serve.stops import StopStrings
-from midstream.streams import StreamReport
+from midstream.streams import Event, StreamReport
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class Relay:
         self._clock: asyncio.Timeout | None = None
         self._cut: ApiError | None = None
         self._gone = False
+        self._begun = False
         self._ended = False
         self._length = 0
         self._released = 0
@@ -100,7 +101,7 @@ class Relay:
         if self._clock is not None and not self._clock.expired():
             self._clock.reschedule(0.0)
 
-    async def run(self, deliver: Callable[[Piece], Awaitable[None]]) -> End:
+    async def run(self, deliver: Callable[[Piece], None]) -> End:
         """Hand every piece to ``deliver``; return how it ended. The stream is never left running.
 
         Raises
@@ -117,75 +118,75 @@ class Relay:
         checked = min(self._checked, self._length)
         return End(reason, error, self._report, tokens, checked, self._length)
 
-    async def _timed(
-        self, deliver: Callable[[Piece], Awaitable[None]]
-    ) -> tuple[str | None, ApiError | None]:
-        now = asyncio.get_running_loop().time()
+    async def _timed(self, deliver: Callable[[Piece], None]) -> tuple[str | None, ApiError | None]:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._deliver = deliver
+        self._over: asyncio.Future[tuple[str | None, ApiError | None]] = loop.create_future()
         self._latest = now + self._settings.request_seconds
         start = now + self._settings.start_seconds
         try:
             async with asyncio.timeout_at(min(start, self._latest)) as self._clock:
                 if self._cut is not None or self._gone:
                     self._expire()
-                return await self._follow(deliver)
+                self.stream.follow(self._take)
+                return await self._over
         except TimeoutError:
             if self._gone:
                 raise ClientGoneError from None
             return None, self._cut or ApiError(504, "the response took too long", code="timeout")
-        except ClientGoneError:
-            raise
-        except Exception:
-            _log.exception("stream %s: its engine failed", self.stream.ask.stream)
-            return None, engine_error()
         finally:
             self._clock = None
 
-    async def _follow(
-        self, deliver: Callable[[Piece], Awaitable[None]]
-    ) -> tuple[str | None, ApiError | None]:
-        begun = False
-        async for event in self.stream:
-            if not begun:
-                begun = True
+    def _take(self, event: Released | Event) -> None:
+        """Follow the stream, until its end or the response's."""
+        if self._over.done():
+            return
+        try:
+            if not self._begun:
                 self._begin()
-            if event.type == "released":
-                text = event.text or ""
-                self._released += len(text)
-                if event.risk is not None:
-                    # What a scored token attended to is judged with it.
-                    self._checked = self._released
-                await self._pass(self._stops.take(text), deliver)
-                if self._stops.hit:
-                    self.stream.cancel()
-            elif event.type == "error":
-                self._ended = True
-                _log.error("stream %s broke off: %s", event.stream, event.message)
-                if self._stops.hit:
-                    return "stop", None
-                await self._pass(self._stops.finish(), deliver)
-                return None, engine_error()
+            if isinstance(event, Released):
+                self._release(event.text, event.risk is not None)
             elif event.type == "finished":
-                self._ended = True
                 self._report = event.report
-                if self._stops.hit:
-                    return "stop", None
-                await self._pass(self._stops.finish(), deliver)
-                if event.message == "cancelled":
-                    return None, self._cut or cancelled()
-                return event.message, None
-        _log.error("stream %s ended without saying so", self.stream.ask.stream)
-        return None, engine_error()
+                self._end(event.message, self._cut or cancelled())
+            elif event.type == "error":
+                _log.error("stream %s broke off: %s", event.stream, event.message)
+                self._end(None, engine_error())
+        except Exception:
+            _log.exception("stream %s could not be passed on", self.stream.ask.stream)
+            self._over.set_result((None, engine_error()))
 
     def _begin(self) -> None:
         """The engine has begun, so that only the latest end still counts."""
+        self._begun = True
         breaking_off = self._cut is not None or self._gone
         if self._clock is not None and not self._clock.expired() and not breaking_off:
             self._clock.reschedule(self._latest)
 
-    async def _pass(self, text: str, deliver: Callable[[Piece], Awaitable[None]]) -> None:
+    def _release(self, text: str, scored: bool) -> None:
+        self._released += len(text)
+        if scored:
+            # What a scored token attended to is judged with it.
+            self._checked = self._released
+        self._pass(self._stops.take(text))
+        if self._stops.hit:
+            self.stream.cancel()
+
+    def _end(self, reason: str | None, error: ApiError) -> None:
+        """The stream has ended, and so does the response; with ``error`` where it broke off."""
+        self._ended = True
+        if self._stops.hit:
+            self._over.set_result(("stop", None))
+            return
+        self._pass(self._stops.finish())
+        broke_off = reason is None or reason == "cancelled"
+        self._over.set_result((None, error) if broke_off else (reason, None))
+
+    def _pass(self, text: str) -> None:
         if text:
             start, self._length = self._length, self._length + len(text)
-            await deliver(Piece(text, start, min(self._checked, self._length)))
+            self._deliver(Piece(text, start, min(self._checked, self._length)))
 
 
 def engine_error() -> ApiError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Literal
 
 from midstream.serve.channel import Channel
-from midstream.serve.engine import Ask
+from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed, Opened
+from midstream.serve.garbage import collect
 from midstream.serve.messages import (
     Accepted,
     Cancel,
@@ -27,15 +28,14 @@ from midstream.serve.workers import Worker, WorkerError
 from midstream.streams import Event
 
 Main = Callable[[Channel, Any], None]
+_BREATH = 0.01  # seconds after a step, when what came with it has been dealt with
 
 
-class LocalStream:
-    """One response; see `midstream.serve.engine.Stream`.
-
-    What nobody reads waits here, a response at most; nothing else waits for the reader.
-    """
+class LocalStream(Events):
+    """One response; see `midstream.serve.engine.Stream`."""
 
     def __init__(self, ask: Ask, serving: Serving) -> None:
+        super().__init__()
         self.ask = ask
         self.serving = serving
         self.prompt_tokens = 0
@@ -44,19 +44,6 @@ class LocalStream:
         """Of these, those without a score."""
         self.opened: Opened | None = None
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._events: deque[Event] = deque()
-        self._reader: asyncio.Future[None] | None = None
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Give the events as they come."""
-        while True:
-            while self._events:
-                event = self._events.popleft()
-                yield event
-                if event.type in ("finished", "error"):
-                    return
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
 
     def cancel(self) -> None:
         """Free its slot before the next step."""
@@ -70,12 +57,6 @@ class LocalStream:
         """Build an event of this stream."""
         assert self.opened is not None, "nothing is told of it before it was accepted"
         return Event(type=type, stream=self.ask.stream, bundle=self.opened.bundle, **facts)
-
-    def put(self, event: Event) -> None:
-        """Let the reader have an event."""
-        self._events.append(event)
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 class Judged:
@@ -133,7 +114,7 @@ class Serving:
         self.idle.set()
         self.worker = Worker(main, plan, self._received, self._ended)
         self._feed, self._judged, self._lost = feed, judged, lost
-        self._untold: deque[tuple[Opened, Event]] = deque()
+        self._untold: deque[tuple[LocalStream, Released | Event]] = deque()
 
     async def start(self) -> None:
         """Start it and wait until it serves.
@@ -184,6 +165,11 @@ class Serving:
                     self._judged.add(message.rows, message.judge_seconds)
                 for told in message.told:
                     self._tell(told)
+                loop = asyncio.get_running_loop()
+                # Two turns of the loop on, when all was written: no token is to wait for those who
+                # look on.
+                loop.call_soon(loop.call_soon, self._tell_feed)
+                loop.call_later(_BREATH, collect)
             case Accepted(name, prompt_tokens):
                 assert self.ready is not None
                 stream = self.streams[name]
@@ -203,6 +189,7 @@ class Serving:
                 self.failure = reason
 
     def _tell(self, told: PlainLeft | Event) -> None:
+        event: Released | Event
         if isinstance(told, Event):
             event, stream = told, self.streams[told.stream]
         else:
@@ -212,21 +199,19 @@ class Serving:
             stream.unscored = unscored
             if not text:  # a character that is not whole yet
                 return
-            event = stream.event("released", position=position, risk=risk, text=text)
-        assert stream.opened is not None
+            event = Released(position, risk, text)
         stream.put(event)
-        if not self._untold:
-            # Two turns of the loop on, when the clients of all streams have what came with this
-            # step: a token is not to wait for those who look on.
-            loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_soon, self._tell_feed)
-        self._untold.append((stream.opened, event))
-        if event.type in ("finished", "error"):
+        self._untold.append((stream, event))
+        if isinstance(event, Event) and event.type in ("finished", "error"):
             self._forget(event.stream)
 
     def _tell_feed(self) -> None:
         while self._untold:
-            self._feed.event(*self._untold.popleft())
+            stream, event = self._untold.popleft()
+            assert stream.opened is not None
+            if isinstance(event, Released):
+                event = stream.event("released", **event._asdict())
+            self._feed.event(stream.opened, event)
 
     def _forget(self, name: str) -> LocalStream:
         stream = self.streams.pop(name)
@@ -251,6 +236,7 @@ class Serving:
                 "delivered_unscored": stream.unscored,
             }
             self._tell(stream.event("error", message=told, **delivered))
+        self._tell_feed()
         self._lost(self)
 
 

@@ -49,67 +49,76 @@ class EventStream(Response):
         self._writer = writer
         self._patience = settings.slow_reader_seconds
         self._held = held
+        self._write: Callable[[bytes], bool] | None = None
+        self._waiting = bytearray()
+        self._wake = asyncio.Event()
         self._begun = False
         self._sending = False
-        self._sends = 0
+        self._complete = False
         self._stuck = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         stream = self._relay.stream
-        write: Callable[[bytes], bool] | None = scope.get(WRITE)
-
-        async def deliver(piece: Piece) -> None:
-            chunk = self._writer.piece(piece)
-            if not self._begun:
-                chunk = await self._begin(send) + chunk
-            # Half of what a token costs here would be the timeout and the layers' wrappers.
-            if write is None or not write(chunk):
-                await self._send(send, chunk)
-
+        self._write = scope.get(WRITE)
         with self._held:
             watch = asyncio.ensure_future(leave_with_client(self._relay, receive))
-            patience = asyncio.ensure_future(self._watch_reading())
+            sending = asyncio.ensure_future(self._send(send))
             try:
-                end = await self._relay.run(deliver)
-                if end.error is not None and not self._begun:
+                end = await self._relay.run(self._deliver)
+                if end.error is not None and not self._begun and not self._waiting:
                     await refusal(end.error)(scope, receive, send)
                     return
-                opening = b"" if self._begun else await self._begin(send)
-                ending = opening + self._writer.ending(end, stream.prompt_tokens)
-                async with asyncio.timeout(self._patience):
-                    await self._send(send, ending, more=False)
-            except (ClientGoneError, TimeoutError) as error:
-                if self._stuck or isinstance(error, TimeoutError):
+                self._wait(self._writer.ending(end, stream.prompt_tokens))
+                self._complete = True
+                await sending
+            except ClientGoneError:
+                pass
+            finally:
+                watch.cancel()
+                sending.cancel()
+                if self._stuck:
                     _log.warning("stream %s: its client did not read; cut", stream.ask.stream)
                     if abort := scope.get(ABORT):
                         abort()
-            finally:
-                watch.cancel()
-                patience.cancel()
 
-    async def _begin(self, send: Send) -> bytes:
-        self._begun = True
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        return self._writer.opening()
+    def _deliver(self, piece: Piece) -> None:
+        """Write at once; what cannot be written so waits, and what comes after it behind it."""
+        chunk = self._writer.piece(piece)
+        direct = self._begun and not self._sending and not self._waiting
+        # Half of what a token costs here would be a task's turn, and the layers' wrappers.
+        if not (direct and self._write is not None and self._write(chunk)):
+            self._wait(chunk)
 
-    async def _send(self, send: Send, chunk: bytes, *, more: bool = True) -> None:
-        self._sends += 1
-        self._sending = True
+    def _wait(self, chunk: bytes) -> None:
+        self._waiting += chunk
+        self._wake.set()
+
+    async def _send(self, send: Send) -> None:
+        """Send what waits, until all was sent or the client takes too long to read."""
         try:
-            await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        except OSError as error:
-            raise ClientGoneError from error
-        self._sending = False
+            while not self._complete or self._waiting:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._waiting:
+                    async with asyncio.timeout(self._patience):
+                        await self._send_waiting(send)
+        except TimeoutError:
+            self._stuck = True
+            self._relay.leave()
+        except OSError:
+            self._relay.leave()
 
-    async def _watch_reading(self) -> None:
-        """Break off where one send takes as long as a client may; a timer for each costs 3 µs."""
-        seen = -1
-        while not self._stuck:
-            await asyncio.sleep(self._patience)
-            self._stuck = self._sending and self._sends == seen
-            seen = self._sends
-        self._relay.leave()
+    async def _send_waiting(self, send: Send) -> None:
+        self._sending = True
+        if not self._begun:
+            self._begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            self._waiting[:0] = self._writer.opening()
+        chunk = bytes(self._waiting)
+        self._waiting.clear()
+        await send({"type": "http.response.body", "body": chunk, "more_body": not self._complete})
+        self._sending = False
 
 
 async def leave_with_client(relay: Relay, receive: Receive) -> None:
