@@ -50,7 +50,7 @@ class Tally:
 
 
 def run(address: tuple[str, int], bodies: Sequence[bytes], streams: int, seconds: float) -> Tally:
-    """Keep ``streams`` of them going for so long, then read all to their ends."""
+    """Keep ``streams`` of them going for so long, each at least once; read all to their ends."""
     os.nice(10)  # clients are elsewhere: on these few cores they are not to come before the server
     return uvloop.run(_load(address, bodies, streams, seconds))
 
@@ -63,7 +63,7 @@ async def _load(
 
     async def client() -> None:
         connection = _Connection(address)
-        while time.monotonic() < end:
+        while True:
             number, body = next(work)
             leaves = number % LEAVES_EVERY == LEAVES_EVERY - 1
             try:
@@ -75,6 +75,8 @@ async def _load(
                 _count(connection, tally)
             elif leaves:
                 tally.left += 1
+            if time.monotonic() >= end:
+                break
             if not whole:
                 connection.close()
                 connection = _Connection(address)

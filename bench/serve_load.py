@@ -49,7 +49,7 @@ from midstream import testbed
 
 MAX_TOKENS = 96
 WARM_UP = 1 / 3  # of the time; latencies and memory are taken after it
-STARTING = 120.0  # seconds
+STARTING = 120.0  # seconds, against hanging
 
 
 class LoadError(RuntimeError):
@@ -76,7 +76,7 @@ class Service:
     def get(self, path: str) -> str:
         """What the server answers."""
         url = f"http://{self.address[0]}:{self.address[1]}{path}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=STARTING) as answer:
             return str(answer.read().decode())
 
     def metrics(self) -> dict[tuple[str, ...], float]:
@@ -155,7 +155,7 @@ def load(streams: int, seconds: float) -> dict[str, Any]:
             tally = loaded.result()
             took = time.monotonic() - begun
             busy = [cpu(front) - before[0], cpu(worker) - before[1]]
-            wait_until(lambda: idle(service.metrics()), 30, "slots leak, or streams never end")
+            wait_until(lambda: idle(service.metrics()), STARTING, "slots leak, or streams never end")
             check(tally, service.metrics(), service)
         ended = steps_of(log.read_bytes())  # the worker has closed it
     settled = begun + seconds * WARM_UP

@@ -12,10 +12,10 @@ from midstream.serve import worker
 from midstream.serve.channel import Channel
 
 
-def failing(flag: str, dead: str, channel: Channel, plan: Any) -> None:
+def failing(flag: str, dead: str, pause: str, channel: Channel, plan: Any) -> None:
     """The forward pass fails in the middle of a batch when the one file is there, once.
 
-    While the other one is there, no worker starts.
+    While the second one is there, no worker starts; the third one is that of `pausing`.
     """
     if Path(dead).exists():
         os._exit(7)
@@ -28,7 +28,7 @@ def failing(flag: str, dead: str, channel: Channel, plan: Any) -> None:
         return judge(self, scores)
 
     worker.Batching.judge = broken  # type: ignore[method-assign]
-    worker.main(channel, plan)
+    pausing(pause, channel, plan)
 
 
 def pausing(flag: str, channel: Channel, plan: Any) -> None:
@@ -41,7 +41,8 @@ def pausing(flag: str, channel: Channel, plan: Any) -> None:
     def holds(self: worker.Batching) -> bool:
         with suppress(FileNotFoundError):
             together = int(Path(flag).read_text() or 1)
-            written = [request.response_tokens for request in list(self._requests.values())]
+            with self._lock:  # what is there was handed over, too
+                written = [request.response_tokens for request in self._requests.values()]
             return bool(written) and (len(written) < together or max(written) > 2)
         return False
 

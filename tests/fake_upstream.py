@@ -22,7 +22,8 @@ class Connection:
         """Set when the other side has closed."""
         self.done = False
         """Whether all of the answer was sent."""
-        self.sent = 0
+        self.is_stuck = False
+        """Whether the other side reads nothing, and the sockets between are full."""
         self._reader, self._writer = reader, writer
 
     async def begin(self, kind: str = "text/event-stream") -> None:
@@ -39,8 +40,9 @@ class Connection:
 
     async def raw(self, data: bytes) -> None:
         self._writer.write(data)
-        self.sent += len(data)
+        self.is_stuck = self._writer.transport.get_write_buffer_size() > 0
         await self._writer.drain()
+        self.is_stuck = False
 
     async def answer(self, status: str, body: bytes, headers: Iterable[str] = ()) -> None:
         """Send a whole answer."""
@@ -130,7 +132,7 @@ class FakeUpstream:
                         watching.cancel()
                         await asyncio.gather(watching, return_exceptions=True)
                     else:
-                        await asyncio.wait_for(connection.gone.wait(), 10)
+                        await connection.gone.wait()
         except ConnectionError:
             return
         finally:

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -17,9 +20,10 @@ from midstream.serve.settings import Settings
 CHAT = {"model": "testbed", "messages": [{"role": "user", "content": "Is the urn pale?"}]}
 TEXT = {"model": "testbed", "prompt": "The urn"}
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
-LONG_LIVED = {"pieces": ["x"] * 4096, "risks": [0.1] * 4096, "delay": 0.01}
-LONG = {"stream": True, "max_tokens": 4096}  # of a request for that
 PATIENCE = 120.0  # seconds; against hanging, never a measure
+LONG_LIVED = {"pieces": ["x"] * 4096, "risks": [0.1] * 4096, "delay": PATIENCE / 2048}
+"""An engine whose streams outlast what any test waits for."""
+LONG = {"stream": True, "max_tokens": 4096}  # of a request for that
 
 
 class Draining(ScriptedEngine):
@@ -103,6 +107,12 @@ class Address:
         """What a slow client does."""
         threading.Event().wait(seconds)
 
+    def get(self, path):
+        return httpx.get(self.url + path, timeout=PATIENCE)
+
+    def post(self, body, path=CHATS):
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE)
+
     def connect(self, receive_buffer=None):
         sock = socket.socket()
         if receive_buffer:
@@ -118,6 +128,56 @@ class Address:
         head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
         sock.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
         return sock
+
+
+class Child:
+    """A server in a process of its own, which logs the port that it listens on."""
+
+    def __init__(self, code, *arguments):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._lines = []
+        self._reading = threading.Thread(target=self._lines.extend, args=(self._process.stderr,))
+        self._reading.start()
+
+    @property
+    def log(self):
+        return "".join(self._lines)
+
+    @property
+    def address(self):
+        listens = re.compile(r"listening on http://([\d.]+):(\d+)")
+        wait_for(lambda: listens.search(self.log) or not self._reading.is_alive())
+        found = listens.search(self.log)
+        assert found, f"it ended before it listened: {self.log}"
+        return Address(found[1], int(found[2]))
+
+    def wait_until_ready(self):
+        wait_for(lambda: self._process.poll() is not None or self._is_ready())
+        assert self._process.poll() is None, self.log
+
+    def _is_ready(self):
+        with contextlib.suppress(httpx.HTTPError):
+            return self.address.get("/ready").status_code == 200
+        return False
+
+    def send_signal(self, sig):
+        self._process.send_signal(sig)
+
+    def ended(self):
+        """Wait for its end; status, and what it printed."""
+        status = self._process.wait(PATIENCE)
+        self._reading.join(PATIENCE)
+        return status, self._process.stdout.read()
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        self._reading.join()
+        self._process.stdout.close()
+        self._process.stderr.close()
 
 
 def read_all(sock):

@@ -10,6 +10,7 @@ import httpx
 import toy
 import uvicorn
 from fastapi import FastAPI
+from http_service import PATIENCE
 from scripted_engine import BUNDLE, ScriptedEngine
 
 from midstream.policy import Thresholds
@@ -81,7 +82,7 @@ class Stage:
 
         self._thread = threading.Thread(target=asyncio.run, args=(serve(),))
         self._thread.start()
-        assert ready.wait(30)
+        assert ready.wait(PATIENCE)
         return self
 
     def __exit__(self, *error):
@@ -92,17 +93,21 @@ class Stage:
             self._server.should_exit = True
 
         self._in_loop(stop())
-        self._thread.join(30)
+        self._thread.join(PATIENCE)
         self._socket.close()
         assert not self._thread.is_alive()
 
-    def play(self, name, pieces, risks, *, halt_after=None, delay=0.0, **fields):
+    def play(self, name, pieces, risks, *, halt_after=None, pause_at=None, delay=0.0, **fields):
         """Begin a stream that plays this; returns it."""
         engine = ScriptedEngine(
-            self.feed, pieces, risks=list(risks), halt_after=halt_after, delay=delay
-        )
+            self.feed, pieces, risks=list(risks), halt_after=halt_after, pause_at=pause_at,
+            delay=delay,
+        )  # fmt: skip
         self._engines.append(engine)
         return self._in_loop(engine.submit(ask(name, **fields)))
+
+    def go_on(self, stream):
+        self.do(stream.go_on)
 
     def cancel(self, streams):
         self.do(lambda: [stream.cancel() for stream in streams])
@@ -115,8 +120,8 @@ class Stage:
 
         return self._in_loop(now())
 
-    def _in_loop(self, coroutine, seconds=60):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
+    def _in_loop(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE)
 
 
 class TestbedStage(Stage):
@@ -132,13 +137,13 @@ class TestbedStage(Stage):
 
     def __enter__(self):
         super().__enter__()
-        self._in_loop(self.engine.start(), 120)
+        self._in_loop(self.engine.start())
         return self
 
     def complete(self, prompt, **fields):
         """Ask for a response, and wait for it."""
         body = {"model": "testbed", "prompt": list(prompt.ids), "max_tokens": 120, **fields}
-        answer = httpx.post(f"{self.url}v1/completions", json=body, timeout=120)
+        answer = httpx.post(f"{self.url}v1/completions", json=body, timeout=PATIENCE)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -154,7 +159,7 @@ def browsing(browser, *, excuse=lambda text: False, **options):
     """A page in which nothing may go wrong: no error in the console, no request that fails."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(1000 * PATIENCE)
     wrong = []
 
     def console(message):

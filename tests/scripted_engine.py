@@ -36,16 +36,20 @@ def report(ask, *, risks, halted_at=None, reason="stop", prompt_tokens=4):
 
 
 class ScriptedEngine:
-    """Answers every request with the same pieces of text; halts at ``halt_after`` of them."""
+    """Answers every request with the same pieces of text; halts at ``halt_after`` of them.
+
+    Before piece ``pause_at`` a stream waits until it is told to `ScriptedStream.go_on`, or cancelled.
+    """
 
     def __init__(
         self, feed, pieces=("The ", "urn ", "is ", "pale."), *, risks=None, halt_after=None,
-        delay=0.0, error=None, models=("testbed",),
+        pause_at=None, delay=0.0, error=None, models=("testbed",),
     ):  # fmt: skip
         self.feed = feed
         self.pieces = list(pieces)
         self.risks = risks or [0.1 * (i + 1) for i in range(len(self.pieces))]
         self.halt_after = halt_after
+        self.pause_at = pause_at
         self.delay = delay
         self.error = error
         """Message of an ``error`` event in place of the end."""
@@ -71,6 +75,7 @@ class ScriptedStream:
         self.ask, self.prompt_tokens, self.completion_tokens = ask, 4, 0
         self.cancelled = False
         self._engine = engine
+        self._goes_on = asyncio.Event()
         self._events = asyncio.Queue()
         self._opened = Opened(ask, ask.tier or "moderate", BUNDLE)
         engine.feed.opened(self._opened)
@@ -78,6 +83,10 @@ class ScriptedStream:
 
     def cancel(self):
         self.cancelled = True
+        self._goes_on.set()
+
+    def go_on(self):
+        self._goes_on.set()
 
     def _tell(self, type, **facts):
         event = Event(type=type, stream=self.ask.stream, bundle=BUNDLE, **facts)
@@ -90,6 +99,8 @@ class ScriptedStream:
         played = 0
         for index, (piece, risk) in enumerate(zip(engine.pieces, engine.risks, strict=True)):
             await asyncio.sleep(engine.delay)
+            if index == engine.pause_at:
+                await self._goes_on.wait()
             position = self.prompt_tokens + index
             if self.cancelled:
                 reason = "cancelled"

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from midstream.streams import Event
 T = TypeVar("T")
 KEY = "sk-not-to-be-seen-anywhere"
 SLOTS = 4
+LATER = 4 * PATIENCE  # seconds; what the upstream has for everything, and the clock is put on by
 
 
 class Proxy:
@@ -41,7 +44,7 @@ class Proxy:
         self.seen = Seen()
         self.upstream = FakeUpstream()
         self.run(self.upstream.start())
-        patience = Patience(connect=2.0, first=1.0, between=1.0)
+        patience = Patience(connect=LATER, first=LATER, between=LATER)
         self.connections = Upstream(self.upstream.url, key=KEY, patience=patience)
         self.engine = ProxyEngine(
             Feed([self.seen]), self.connections, name="watched", upstream_model="theirs",
@@ -51,9 +54,23 @@ class Proxy:
 
     def run(self, work: Awaitable[T]) -> T:
         async def bounded() -> T:
-            return await asyncio.wait_for(work, PATIENCE)
+            task, end = asyncio.ensure_future(work), time.monotonic() + PATIENCE
+            while not task.done():
+                await asyncio.wait([task], timeout=1.0)
+                if time.monotonic() > end:  # the loop's own clock may be put on
+                    task.cancel()
+            return await task
 
         return self.runner.run(bounded())
+
+    def pass_time(self, seconds: float) -> None:
+        """Put the loop's clock on, by which all waiting ends."""
+        loop, now = self.runner.get_loop(), self.runner.get_loop().time
+        loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+
+    def text(self) -> str:
+        """What has left of the last stream that was asked for with `ask`."""
+        return text_of(self.seen.streams.get(f"s{self._count}", []))
 
     def ask(self, content: str = "w5 w6", **fields: Any) -> Ask:
         self._count += 1
@@ -95,6 +112,11 @@ async def no_slot_is_lost(made: Proxy) -> None:
     streams = [await made.engine.submit(made.ask()) for _ in range(SLOTS)]
     for stream in streams:
         assert text_of(await events_of(stream)) == "w7 w8"
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
 
 
 def say(*texts: str, **options: Any) -> Callable[[Connection], Awaitable[None]]:
@@ -164,7 +186,7 @@ def test_text_completions(front: Proxy) -> None:
 
 
 async def alive(connection: Connection) -> None:
-    """Never stall, and say nothing, until the connection is closed."""
+    """Go on, and say nothing, until the connection is closed."""
     with contextlib.suppress(ConnectionError):
         while not connection.gone.is_set():
             await connection.send(b": still there\n\n")
@@ -182,7 +204,7 @@ def test_a_halt_closes_the_connection_at_once(front: Proxy) -> None:
     assert text_of(events) == "w7 w8"
     assert [e.type for e in events[-2:]] == ["halted", "finished"]
     assert (events[-1].message, events[-1].cause) == ("content_filter", "bad")
-    front.run(asyncio.wait_for(front.upstream.seen[-1].gone.wait(), 10))
+    front.run(front.upstream.seen[-1].gone.wait())
 
 
 def test_so_does_a_client_that_leaves(front: Proxy) -> None:
@@ -199,7 +221,7 @@ def test_so_does_a_client_that_leaves(front: Proxy) -> None:
             events.append(found)
             if found.type == "released":
                 stream.cancel()
-        await asyncio.wait_for(front.upstream.seen[-1].gone.wait(), 10)
+        await front.upstream.seen[-1].gone.wait()
         return events
 
     events = front.run(leave())
@@ -209,17 +231,19 @@ def test_so_does_a_client_that_leaves(front: Proxy) -> None:
 
 def test_and_one_that_leaves_before_the_upstream_answers(front: Proxy) -> None:
     async def play(connection: Connection) -> None:
-        await asyncio.wait_for(connection.gone.wait(), 10)
+        await connection.gone.wait()
 
     async def leave() -> None:
         front.upstream.play = play
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await front.engine.submit(front.ask())
-        await asyncio.wait_for(front.upstream.seen[-1].gone.wait(), 10)
-        name = f"s{front._count}"
-        while front.seen.streams[name][-1].type != "finished":
-            await asyncio.sleep(0.01)
+        asked = len(front.upstream.seen)
+        submitting = asyncio.create_task(front.engine.submit(front.ask()))
+        await until(lambda: len(front.upstream.seen) > asked)
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        await front.upstream.seen[-1].gone.wait()
+        told = front.seen.streams[f"s{front._count}"]
+        await until(lambda: told[-1].type == "finished")
 
     front.run(leave())
 
@@ -227,17 +251,30 @@ def test_and_one_that_leaves_before_the_upstream_answers(front: Proxy) -> None:
 GOOD = chunk("w7 ") + chunk("w8 ")
 
 
-async def abort(connection: Connection) -> None:
-    await connection.begin()
-    await connection.send(GOOD)
-    await asyncio.sleep(0.2)
-    connection.abort()
+def abort(front: Proxy) -> Callable[[Connection], Awaitable[None]]:
+    async def play(connection: Connection) -> None:
+        await connection.begin()
+        await connection.send(GOOD)
+        await until(lambda: front.text() == "w7 w8")  # an abort takes back what was not read
+        connection.abort()
+
+    return play
 
 
 async def stall(connection: Connection) -> None:
     await connection.begin()
     await connection.send(GOOD)
-    await asyncio.wait_for(connection.gone.wait(), 10)
+    await connection.gone.wait()
+
+
+def stall_for_long(front: Proxy) -> Callable[[Connection], Awaitable[None]]:
+    async def play(connection: Connection) -> None:
+        stalling = asyncio.create_task(stall(connection))
+        await until(lambda: front.text() == "w7 w8")
+        front.pass_time(LATER)
+        await stalling
+
+    return play
 
 
 async def no_end(connection: Connection) -> None:
@@ -271,7 +308,7 @@ CALLS = [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]
 # What the upstream does, what is told of it, and whether text came before.
 FAULTS: dict[str, tuple[Any, str, bool]] = {
     "breaks off": (abort, "connection to the upstream broke", True),
-    "stalls": (stall, "sent nothing for 1 seconds", True),
+    "stalls": (stall_for_long, f"sent nothing for {LATER:g} seconds", True),
     "ends without an end": (no_end, "ended before the response did", True),
     "nonsense": (then(b"data: {nonsense\n\n"), "not JSON", True),
     "no object": (then(b"data: [1, 2]\n\n"), "no JSON object", True),
@@ -307,6 +344,7 @@ def test_every_fault_ends_the_stream_with_an_error_and_nothing_unjudged(
     front: Proxy, fault: str, caplog: Any
 ) -> None:
     play, told, some = FAULTS[fault]
+    play = play(front) if play in (abort, stall_for_long) else play
     events = front.run(front.answer(play))
     assert text_of(events) == ("w7 w8 " if some else "")
     assert [e.type for e in events if e.type in ("error", "finished", "halted")] == ["error"]
@@ -314,15 +352,14 @@ def test_every_fault_ends_the_stream_with_an_error_and_nothing_unjudged(
     assert "secret" not in str(events[-1].message)
     assert KEY not in caplog.text
     assert "w7" not in caplog.text
-    front.run(asyncio.wait_for(closed(front), 10))
+    front.run(closed(front))
     assert text_of(front.run(front.answer(say("w9")))) == "w9"
 
 
 async def closed(front: Proxy) -> None:
     """The last connection is closed, or the upstream had said all."""
     connection = front.upstream.seen[-1]
-    while not (connection.gone.is_set() or connection.done):
-        await asyncio.sleep(0.01)
+    await until(lambda: connection.gone.is_set() or connection.done)
 
 
 @pytest.mark.parametrize(
@@ -411,13 +448,9 @@ def test_refusals_of_the_upstream_become_standard_errors(
         assert refused.retry_after == 7.0
     assert KEY not in caplog.text
 
-    async def told_to_those_who_look_on() -> list[Event]:
-        name = f"s{front._count}"
-        while not front.seen.streams[name] or front.seen.streams[name][-1].type != "error":
-            await asyncio.sleep(0.01)
-        return front.seen.streams[name]
-
-    assert code in str(front.run(told_to_those_who_look_on())[-1].message)
+    events = front.seen.streams[f"s{front._count}"]
+    front.run(until(lambda: [e.type for e in events[-1:]] == ["error"]))
+    assert code in str(events[-1].message)
 
 
 @pytest.mark.parametrize(
@@ -430,19 +463,22 @@ def test_a_refusal_that_makes_no_sense(front: Proxy, body: bytes) -> None:
 
 
 def test_an_upstream_that_does_not_begin(front: Proxy) -> None:
+    async def play(connection: Connection) -> None:
+        front.pass_time(2 * LATER)
+        await connection.gone.wait()
+
     with pytest.raises(ApiError) as caught:
-        front.run(front.answer(lambda c: asyncio.wait_for(c.gone.wait(), 30)))
+        front.run(front.answer(play))
     assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
 
 
 def test_an_upstream_that_is_not_there(front: Proxy, monkeypatch: Any) -> None:
-    gone = FakeUpstream()
-    front.run(gone.start())
-    nowhere = Upstream(gone.url)
-    front.run(gone.close())
-    monkeypatch.setattr(front.engine, "_upstream", nowhere)
-    with pytest.raises(ApiError) as caught:
-        front.run(front.engine.submit(front.ask()))
+    with socket.socket() as silent:  # holds the port, but does not listen
+        silent.bind(("127.0.0.1", 0))
+        nowhere = Upstream(f"http://127.0.0.1:{silent.getsockname()[1]}/v1")
+        monkeypatch.setattr(front.engine, "_upstream", nowhere)
+        with pytest.raises(ApiError) as caught:
+            front.run(front.engine.submit(front.ask()))
     assert (caught.value.status, caught.value.code) == (502, "upstream_unreachable")
     front.run(nowhere.close())
 
@@ -495,11 +531,15 @@ def test_more_streams_than_slots_are_refused(front: Proxy) -> None:
 
 
 def test_connections_are_used_again(front: Proxy) -> None:
-    for _ in range(3):
-        front.run(front.answer(say("w7")))
+    def next_answer() -> str:
+        text = text_of(front.run(front.answer(say("w7 w8"))))
+        front.run(until(lambda: not front.engine._tasks))  # the connection is free
+        return text
+
+    next_answer()
     before = front.upstream.accepted
     for _ in range(5):
-        assert text_of(front.run(front.answer(say("w7 w8")))) == "w7 w8"
+        assert next_answer() == "w7 w8"
     assert front.upstream.accepted == before
 
 
@@ -536,13 +576,14 @@ def test_a_slow_model_stops_the_upstream(front: Proxy) -> None:
     async def watch() -> None:
         front.upstream.play = flood
         stream = await front.engine.submit(front.ask())
-        sent = [0, -1]
-        while sent[-1] != sent[-2] or sent[-1] == 0:  # until the sockets between are full
-            await asyncio.sleep(0.5)
-            sent.append(front.upstream.seen[-1].sent)
         serving: Any = front.engine._readers._serving
         (pump,) = serving._pumps.values()
-        assert 0 < pump._sent - pump._read <= AHEAD + 1024
+        connection = front.upstream.seen[-1]
+        for _ in range(5):  # again and again: the model reads on
+            await until(lambda: connection.is_stuck and pump._sent - pump._read > AHEAD)
+            assert pump._sent - pump._read <= AHEAD + 1024
+            before = pump._read
+            await until(lambda: pump._read > before)
         assert not [e for e in front.seen.streams[stream.ask.stream] if e.type == "error"]
         stream.cancel()
         events = await events_of(stream)
@@ -563,9 +604,9 @@ def test_a_model_that_fails_ends_the_stream_and_the_connection(front: Proxy) -> 
     async def play(connection: Connection) -> None:
         await connection.begin()
         await connection.send(chunk("w7 w8 "))
-        await asyncio.sleep(0.3)
+        await until(lambda: front.text() == "w7 w8")
         await connection.send(chunk("w18 w9 "))
-        await asyncio.wait_for(connection.gone.wait(), 10)
+        await connection.gone.wait()
 
     events = front.run(front.answer(play))
     assert text_of(events) == "w7 w8"
@@ -622,7 +663,7 @@ async def killed(made: Proxy) -> None:
         assert events[-1].type == "error"
         assert "w7 w8".startswith(text_of(events))
     for connection in made.upstream.seen:
-        await asyncio.wait_for(connection.gone.wait(), 10)
+        await connection.gone.wait()
     assert made.engine.unready is not None
     while made.engine.unready is not None:
         await asyncio.sleep(0.05)
@@ -635,24 +676,28 @@ async def shut_down(made: Proxy) -> None:
     async def play(connection: Connection) -> None:
         await connection.begin()
         await connection.send(GOOD)
-        await asyncio.sleep(0.3)
+        await until(lambda: made.engine.unready is not None)
         if connection is not made.upstream.seen[0]:
-            await asyncio.wait_for(connection.gone.wait(), 10)
+            await connection.gone.wait()
         await connection.send(chunk("w9", "stop"))
         await connection.end()
 
     made.upstream.play = play
     ends = await made.engine.submit(made.ask())
     stays = await made.engine.submit(made.ask())
-    await made.engine.close(0.8)
+    closing = asyncio.create_task(made.engine.close(PATIENCE))
     assert text_of(await events_of(ends)) == "w7 w8 w9"
+    assert not closing.done()
+    made.pass_time(PATIENCE)
+    await closing
     assert (await events_of(stays))[-1].message == "cancelled"
     with pytest.raises(ApiError) as caught:
         await made.engine.submit(made.ask())
     assert caught.value.status == 503
 
 
-def test_a_killed_worker_and_a_shut_down_leave_nothing_open() -> None:
+def test_a_killed_worker_and_a_shut_down_leave_nothing_open(monkeypatch: Any) -> None:
+    monkeypatch.setattr("midstream.serve.rotation.CUT", PATIENCE)
     with proxy() as made:
         made.run(killed(made))
         made.run(shut_down(made))

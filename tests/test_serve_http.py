@@ -4,11 +4,8 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from http_service import (
     PATIENCE,
     TEXT,
     TEXTS,
+    Child,
     Service,
     events,
     fault,
@@ -575,7 +573,8 @@ def test_the_access_log_has_no_text(caplog):
     service.post(f"{CHATS}?secret=urn", CHAT)
     service.request("GET", "/nowhere%0aforged")
     ours = [r.getMessage() for r in caplog.records if r.name.startswith("midstream")]
-    chat, nowhere = (line.split() for line in ours)
+    access = [r.getMessage() for r in caplog.records if r.name == "midstream.serve.access"]
+    chat, nowhere = (line.split() for line in access)
     assert chat[:4] == ["client=-", "method=POST", f"route={CHATS}", "status=200"]
     assert chat[-1] == f"stream={service.engine.asked[0].stream}"
     assert nowhere[1:4] == ["method=GET", "route=-", "status=404"]
@@ -633,10 +632,10 @@ def test_streams_at_once_are_limited_and_their_places_come_back():
     service = Service(**LONG_LIVED, settings={"max_streams": 2})
     with service.listening() as address:
         socks = held_open(service, address, 2)
-        refused = httpx.post(address.url + CHATS, json=CHAT)
+        refused = address.post(CHAT)
         assert fault(refused, 429)["code"] == "rate_limit_exceeded"
         assert int(refused.headers["retry-after"]) >= 1
-        assert httpx.get(address.url + "/health").status_code == 200
+        assert address.get("/health").status_code == 200
         for sock in socks:
             sock.close()
         service.settled()
@@ -651,13 +650,13 @@ def test_a_client_that_goes_frees_its_slot(stream):
         sock = address.send(CHAT | LONG | {"stream": stream})
         service.wait_for_streams(1)
         sock.close()
-        wait_for(lambda: service.watching.events[-1].type == "finished")
+        wait_for(lambda: [e.type for e in service.watching.events[-1:]] == ["finished"])
         assert service.watching.events[-1].message == "cancelled"
         service.settled()
 
 
 def test_a_client_that_does_not_read_is_cut():
-    big = ["x" * 65536] * 4096
+    big = ["x", *["x" * 65536] * 4095]
     service = Service(
         pieces=big, risks=[0.1] * len(big), settings={"slow_reader_seconds": 0.3}
     )  # fmt: skip
@@ -666,16 +665,12 @@ def test_a_client_that_does_not_read_is_cut():
         service.wait_for_streams(1)
         service.settled()
         assert b"[DONE]" not in read_all(sock)
-        assert b"[DONE]" in read_all_of(address, CHAT | {"stream": True, "max_tokens": 2})
-
-
-def read_all_of(address, body):
-    with httpx.stream("POST", address.url + CHATS, json=body) as response:
-        return b"".join(response.iter_bytes())
+        assert "[DONE]" in address.post(CHAT | {"stream": True, "max_tokens": 1}).text
 
 
 def test_clients_that_come_and_go_leave_nothing_behind():
-    service = Service(pieces=["x"] * 40, risks=[0.1] * 40, delay=0.002)
+    calm = {"header_seconds": PATIENCE, "body_seconds": PATIENCE, "slow_reader_seconds": PATIENCE}
+    service = Service(pieces=["x"] * 40, risks=[0.1] * 40, delay=0.002, settings=calm)
     chance = random.Random(5)
 
     async def visit(address, kind, after):
@@ -720,43 +715,33 @@ def test_a_body_that_does_not_come_is_not_waited_for():
 # The end of the server
 
 SCRIPT = """
-import sys
+import logging, sys
+logging.basicConfig(level=logging.INFO)
 sys.path.insert(0, sys.argv[1])
 from http_service import LONG_LIVED, Draining, Service
 from midstream.serve.run import run
 service = Service(engine=Draining, **LONG_LIVED)
-run(service.app, host="127.0.0.1", port=int(sys.argv[2]), drain=float(sys.argv[3]))
+run(service.app, host="127.0.0.1", port=0, drain=float(sys.argv[2]))
 print("notices", service.watching.notices, "left", service.front.admission.count)
 """
 
 
 @contextlib.contextmanager
-def process(port, drain):
-    tests = str(Path(__file__).parent)
-    arguments = [sys.executable, "-c", SCRIPT, tests, str(port), str(drain)]
-    child = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
+def process(drain):
+    child = Child(SCRIPT, str(Path(__file__).parent), str(drain))
     try:
-        wait_for(lambda: child.poll() is not None or answers(port))
+        child.wait_until_ready()
         yield child
     finally:
-        child.kill()
-        child.communicate()
-
-
-def answers(port):
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-    return False
+        child.close()
 
 
 class Reader(threading.Thread):
     """Reads one stream to its end."""
 
-    def __init__(self, url, body):
+    def __init__(self, address, body):
         super().__init__(daemon=True)
-        self.url, self.body, self.text = url, body, ""
+        self.url, self.body, self.text = address.url, body, ""
         self.begun = threading.Event()
         self.start()
 
@@ -767,38 +752,47 @@ class Reader(threading.Thread):
                 self.begun.set()
 
 
-def free_port():
-    from midstream.serve.run import listen
+def ended_well(child):
+    status, out = child.ended()
+    assert status == 0, child.log
+    assert out == "notices ['stopping'] left 0\n"
+    assert "Traceback" not in child.log
 
-    with listen("127.0.0.1", 0) as sock:
-        return sock.getsockname()[1]
 
-
-def test_a_signal_drains_and_then_cuts_with_a_terminal_signal():
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with process(port, drain=3.0) as child:
-        long = Reader(url, CHAT | LONG)
-        short = Reader(url, CHAT | {"stream": True, "max_tokens": 60})
+def test_a_signal_drains_and_a_second_one_cuts_with_a_terminal_signal():
+    with process(drain=PATIENCE) as child:
+        address = child.address
+        long = Reader(address, CHAT | LONG)
+        short = Reader(address, CHAT | {"stream": True, "max_tokens": 20})
         assert long.begun.wait(PATIENCE)
         assert short.begun.wait(PATIENCE)
         child.send_signal(signal.SIGTERM)
-        wait_for(lambda: httpx.get(url + "/ready").status_code == 503)
-        assert httpx.get(url + "/ready").json()["reason"] == "the server is shutting down"
-        assert httpx.get(url + "/health").status_code == 200
-        assert fault(httpx.post(url + CHATS, json=CHAT), 503)["code"] == "server_shutting_down"
+        wait_for(lambda: address.get("/ready").status_code == 503)
+        assert address.get("/ready").json()["reason"] == "the server is shutting down"
+        assert address.get("/health").status_code == 200
+        assert fault(address.post(CHAT), 503)["code"] == "server_shutting_down"
         short.join(PATIENCE)
-        long.join(PATIENCE)
         assert events(short.text)[-1]["choices"][0]["finish_reason"] == "length"
+        assert long.is_alive()
+        child.send_signal(signal.SIGTERM)
+        long.join(PATIENCE)
         assert events(long.text)[-1]["error"]["code"] == "server_shutting_down"
-        out, err = child.communicate(timeout=PATIENCE)
-    assert child.returncode == 0, err
-    assert out == "notices ['stopping'] left 0\n"
-    assert "Traceback" not in err
+        ended_well(child)
 
 
-def test_whoever_looks_on_ends_before_the_last_connections_are_waited_for(caplog):
+def test_what_does_not_end_in_time_is_cut_with_a_terminal_signal():
+    with process(drain=0.2) as child:
+        long = Reader(child.address, CHAT | LONG)
+        assert long.begun.wait(PATIENCE)
+        child.send_signal(signal.SIGTERM)
+        long.join(PATIENCE)
+        assert events(long.text)[-1]["error"]["code"] == "server_shutting_down"
+        ended_well(child)
+
+
+def test_whoever_looks_on_ends_before_the_last_connections_are_waited_for(caplog, monkeypatch):
     """So that a viewer of the page does not hold up the end."""
+    monkeypatch.setattr("midstream.serve.run.GRACE", 2 * PATIENCE)
     router, closed = APIRouter(), asyncio.Event()
 
     @router.get("/look")

@@ -1,18 +1,14 @@
 """What the official client of OpenAI makes of the service, over a real socket."""
 
 import signal
-import subprocess
-import sys
 from itertools import count
 
-import httpx
 import openai
 import pytest
-from http_service import CHAT, LONG_LIVED, PATIENCE, TEXT, Address, Service, wait_for
+from http_service import CHAT, LONG_LIVED, PATIENCE, TEXT, Child, Service, wait_for
 
 from midstream import testbed
 from midstream.serve.keys import Keys
-from midstream.serve.run import listen
 
 MESSAGES = CHAT["messages"]
 KEY = "a-key-of-some-length"
@@ -116,7 +112,7 @@ def test_closing_a_stream_frees_its_slot():
         )
         next(iter(stream))
         stream.close()
-        wait_for(lambda: service.watching.events[-1].type == "finished")
+        wait_for(lambda: [e.type for e in service.watching.events[-1:]] == ["finished"])
         assert service.watching.events[-1].message == "cancelled"
         service.settled()
 
@@ -128,27 +124,18 @@ def served(tmp_path):
     keys.write_text(f"ada:{KEY}\n")
     keys.chmod(0o600)
     limits.write_text("max_tokens: 200\ndefault_tokens: 20\n")
-    with listen("127.0.0.1", 0) as sock:
-        port = sock.getsockname()[1]
-    arguments = ["serve", "--port", str(port), "--slots", "4", "--drain", "20"]
+    arguments = ["serve", "--port", "0", "--slots", "4", "--drain", "20"]
     arguments += ["--api-keys", str(keys), "--settings", str(limits)]
-    code = "from midstream.cli import main; main()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True
-    )
+    child = Child("from midstream.cli import main; main()", *arguments)
     try:
-        yield child, Address("127.0.0.1", port)
+        yield child
     finally:
-        child.kill()
-        child.communicate()
+        child.close()
 
 
 def test_the_command_halts_the_testbeds_model(served):
-    child, address = served
-    wait_for(lambda: child.poll() is not None or answers(address, "/health"))
-    wait_for(lambda: child.poll() is not None or answers(address, "/ready"))
-    assert child.poll() is None, child.communicate()[1]
-    client = client_of(address, KEY)
+    served.wait_until_ready()
+    client = client_of(served.address, KEY)
     # About a third of the testbed's responses violate.
     for index in count():
         chunks = list(
@@ -174,15 +161,8 @@ def test_the_command_halts_the_testbeds_model(served):
     done = client.chat.completions.create(model="testbed", messages=MESSAGES, extra_body=asked)
     assert (facts["tier"], done.midstream["tier"]) == ("moderate", "strict")
     assert done.usage.completion_tokens <= 20
-    child.send_signal(signal.SIGTERM)
-    _, log = child.communicate(timeout=PATIENCE)
-    assert child.returncode == 0, log
-    assert "Traceback" not in log
-    assert text.split()[0] not in log
-
-
-def answers(address, path):
-    try:
-        return httpx.get(address.url + path).status_code == 200
-    except httpx.HTTPError:
-        return False
+    served.send_signal(signal.SIGTERM)
+    status, _ = served.ended()
+    assert status == 0, served.log
+    assert "Traceback" not in served.log
+    assert text.split()[0] not in served.log

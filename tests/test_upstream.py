@@ -102,10 +102,10 @@ def test_sizes_are_bound_whether_in_one_line_or_in_many() -> None:
 
 
 def test_a_byte_at_a_time_costs_no_more_than_its_length() -> None:
-    reader, begun = EventStreamReader(max_event=1 << 18), time.monotonic()
+    reader, begun = EventStreamReader(max_event=1 << 18), time.thread_time()
     for _ in range(200_000):  # half a second; minutes where each byte means a look at all before
         reader.feed(b"x")
-    assert time.monotonic() - begun < 60
+    assert time.thread_time() - begun < 60
 
 
 # --------------------------------------------------------------------------------- answers
@@ -128,7 +128,7 @@ def answer(
     response = httpx.Response(200, headers=headers, stream=_Parts(parts))
 
     async def read_all() -> list[Delta]:
-        return [delta async for delta in Answer(response, chat, 60.0, MAX_TEXT).deltas()]
+        return [delta async for delta in Answer(response, chat, 600.0, MAX_TEXT).deltas()]
 
     return asyncio.run(read_all())
 

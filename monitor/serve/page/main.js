@@ -41,7 +41,8 @@ function begin() {
   overview = new Feed("/live/events", {
     snapshot: (content) => {
       store.snapshot(content);
-      if (detail.stream && !store.rows.has(detail.stream.n)) list.chosen = null;
+      // After a restart of the server another stream may have its number.
+      if (detail.stream && store.rows.get(detail.stream.n)?.id !== detail.stream.id) list.chosen = null;
       draw();
     },
     changes: (news) => {
