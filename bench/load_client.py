@@ -123,9 +123,12 @@ class _Connection:
         if not data:
             self._ended.set_exception(ConnectionError("the server hung up"))
             return
-        seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
+        arrived = now  # the first packets may come before the kernel has begun to stamp them
+        if ancillary:
+            seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
+            arrived += seconds + nanoseconds / 1e9 - wall
         self.bytes += data
-        self.marks.append((len(self.bytes), now - wall + seconds + nanoseconds / 1e9, now))
+        self.marks.append((len(self.bytes), arrived, now))
         if data.endswith(b"0\r\n\r\n") or self._whole_by_length():
             self._ended.set_result(True)
         elif self._leaves and len(self.marks) == 4:

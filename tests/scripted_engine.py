@@ -2,7 +2,7 @@
 
 import asyncio
 
-from midstream.serve.engine import Ask
+from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.feed import EngineStats, Opened
 from midstream.streams import Event, StreamReport, Trace
 
@@ -70,13 +70,13 @@ class ScriptedEngine:
             stream.cancel()
 
 
-class ScriptedStream:
+class ScriptedStream(Events):
     def __init__(self, engine, ask):
+        super().__init__()
         self.ask, self.prompt_tokens, self.completion_tokens = ask, 4, 0
         self.cancelled = False
         self._engine = engine
         self._goes_on = asyncio.Event()
-        self._events = asyncio.Queue()
         self._opened = Opened(ask, ask.tier or "moderate", BUNDLE)
         engine.feed.opened(self._opened)
         self._task = asyncio.get_running_loop().create_task(self._play())
@@ -91,7 +91,8 @@ class ScriptedStream:
     def _tell(self, type, **facts):
         event = Event(type=type, stream=self.ask.stream, bundle=BUNDLE, **facts)
         self._engine.feed.event(self._opened, event)
-        self._events.put_nowait(event)
+        released = type == "released"
+        self.put(Released(event.position, event.risk, event.text) if released else event)
 
     async def _play(self):
         engine, reason, halted_at = self._engine, "stop", None
@@ -127,9 +128,17 @@ class ScriptedStream:
     def _delivered(self):
         return {"delivered": self.completion_tokens, "delivered_unscored": 0}
 
-    async def __aiter__(self):
-        while True:
-            event = await self._events.get()
-            yield event
-            if event.type in ("finished", "error"):
-                return
+
+async def events(stream):
+    """What happens to a stream, as events."""
+    come, bundle = asyncio.Queue(), BUNDLE
+    stream.follow(come.put_nowait)
+    while True:
+        event = await come.get()
+        if isinstance(event, Released):
+            facts = {"type": "released", "stream": stream.ask.stream, "bundle": bundle}
+            event = Event(**facts, **event._asdict())
+        yield event
+        bundle = event.bundle
+        if event.type in ("finished", "error"):
+            return

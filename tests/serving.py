@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from scripted_engine import events
+
 from midstream import testbed
 from midstream.serve.engine import Ask
 from midstream.serve.feed import Feed, Observer
@@ -102,7 +104,7 @@ def ask(index: int | None = 0, *, prompt: Any = None, max_tokens: int = 64, **fi
 
 
 async def events_of(stream: Any) -> list[Event]:
-    return [event async for event in stream]
+    return [event async for event in events(stream)]
 
 
 async def answer(engine: Any, asked: Ask) -> tuple[Any, list[Event]]:

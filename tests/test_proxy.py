@@ -217,7 +217,7 @@ def test_so_does_a_client_that_leaves(front: Proxy) -> None:
         front.upstream.play = play
         stream = await front.engine.submit(front.ask())
         events = []
-        async for found in stream:
+        async for found in events(stream):
             events.append(found)
             if found.type == "released":
                 stream.cancel()

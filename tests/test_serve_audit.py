@@ -25,7 +25,7 @@ import pytest
 from http_service import PATIENCE
 from http_service import wait_for as wait_until
 from kernel_cases import fresh_seed
-from scripted_engine import BUNDLE, ScriptedEngine
+from scripted_engine import BUNDLE, ScriptedEngine, events
 from typer.testing import CliRunner
 
 from midstream.cli import app
@@ -49,7 +49,7 @@ def ask(name: str = "s1", **facts: Any) -> Ask:
 
 async def play(engine: Any, *asks: Ask) -> None:
     for one in asks:
-        async for _ in await engine.submit(one):
+        async for _ in events(await engine.submit(one)):
             pass
 
 

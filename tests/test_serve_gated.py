@@ -25,7 +25,7 @@ from midstream.ledger.ledger import TurnRecord
 from midstream.ledger.memory import MemoryLedger
 from midstream.policy import PolicyError
 from midstream.serve.app import create_app
-from midstream.serve.engine import Ask
+from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Opened
 from midstream.serve.gated import GatedEngine, HeldFeed
@@ -66,12 +66,12 @@ class Scripted:
             stream.cancel()
 
 
-class ScriptedStream:
+class ScriptedStream(Events):
     def __init__(self, engine: Scripted, ask: Ask) -> None:
+        super().__init__()
         self.ask, self.prompt_tokens, self.completion_tokens = ask, PROMPT, 0
         self._feed, self._bundle = engine.feed, engine.bundle
         self._opened = Opened(ask, "moderate", self._bundle.hash)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancelled = asyncio.Event()
         self._feed.opened(self._opened)
         self._task = asyncio.get_running_loop().create_task(self._play())
@@ -79,15 +79,11 @@ class ScriptedStream:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    async def __aiter__(self) -> Any:
-        while (event := await self._events.get()).type not in ("finished", "error"):
-            yield event
-        yield event
-
     def _tell(self, type: str, **facts: Any) -> None:
         event = Event(type=type, stream=self.ask.stream, bundle=self._bundle.hash, **facts)  # type: ignore[arg-type]
         self._feed.event(self._opened, event)
-        self._events.put_nowait(event)
+        released = type == "released"
+        self.put(Released(event.position, event.risk, event.text or "") if released else event)
 
     async def _play(self) -> None:
         assert self.ask.messages is not None

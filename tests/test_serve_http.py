@@ -32,10 +32,12 @@ from hypothesis import strategies as st
 from scripted_engine import BUNDLE, ScriptedEngine, ScriptedStream
 from starlette.responses import StreamingResponse
 
+from midstream.serve.engine import Released
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Observer
 from midstream.serve.settings import Settings, SettingsError
 from midstream.serve.stops import StopStrings
+from midstream.streams import Event
 
 
 def streamed(service, extra=None, path=CHATS):
@@ -166,19 +168,20 @@ def test_annotations_say_up_to_where_text_was_judged(by_request):
 
 
 def reading(change):
-    """An engine whose streams' readers get what ``change`` makes of each event."""
+    """An engine whose streams' readers get what ``change`` makes of what happens."""
 
     class Changed(ScriptedStream):
-        async def __aiter__(self):
-            async for event in super().__aiter__():
-                if (changed := change(event)) is None:
-                    return
-                yield changed
+        def put(self, event):
+            super().put(change(event))
 
+    return with_streams(Changed)
+
+
+def with_streams(kind):
     class Engine(ScriptedEngine):
         async def submit(self, ask):
             stream = await super().submit(ask)
-            stream.__class__ = Changed
+            stream.__class__ = kind
             return stream
 
     return Engine
@@ -186,7 +189,8 @@ def reading(change):
 
 def test_text_that_left_unscored_is_not_claimed_as_checked():
     def unscored(event):
-        return event.model_copy(update={"risk": None}) if event.text == "cd" else event
+        unscored = isinstance(event, Released) and event.text == "cd"
+        return event._replace(risk=None) if unscored else event
 
     service = Service("ab", "cd", "ef", engine=reading(unscored))
     chunks = streamed(service, {"midstream": {"annotations": True}})[1:]
@@ -214,19 +218,26 @@ def test_an_error_before_the_first_token_is_a_status():
     assert fault(service.post(CHATS, CHAT), 500)["code"] == "engine_error"
 
 
-@pytest.mark.parametrize("end", ["raises", "says nothing"])
-def test_an_engine_that_breaks_its_promise_still_gives_an_end(end):
+def test_what_cannot_be_passed_on_ends_the_response_and_its_stream(caplog):
     def breaking(event):
-        if event.type != "finished":
-            return event
-        if end == "raises":
-            raise RuntimeError("out of order: /srv/secret.py")
-        return None
+        finished = isinstance(event, Event) and event.type == "finished"
+        return Released(7, 0.1, None) if finished else event
 
     service = Service("a", "b", engine=reading(breaking))
     chunks = streamed(service)
     assert text_of(chunks[:-1]) == "ab"
     assert chunks[-1]["error"]["code"] == "engine_error"
+    assert service.engine.streams[0].cancelled
+    assert "could not be passed on" in caplog.text
+
+
+def test_an_engine_whose_stream_cannot_be_followed_is_told_of():
+    class Broken(ScriptedStream):
+        def follow(self, follower):
+            raise RuntimeError("out of order: /srv/secret.py")
+
+    service = Service("a", engine=with_streams(Broken))
+    assert fault(service.post(CHATS, CHAT), 500)["code"] == "engine_error"
     assert service.engine.streams[0].cancelled
 
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from http_service import PATIENCE
 from live_stage import a_bundle, ask, bundle_of
-from scripted_engine import BUNDLE, ScriptedEngine
+from scripted_engine import BUNDLE, ScriptedEngine, events
 
 from midstream.serve import halts, live_viewers, operator_session
 from midstream.serve.feed import EngineStats, Feed, Opened
@@ -44,7 +44,7 @@ def tell(live, stream, type, **facts):
 
 async def play(live, name="one", pieces=WORDS, **options):
     engine = ScriptedEngine(Feed([live]), pieces, **options)
-    return [event async for event in await engine.submit(ask(name))]
+    return [event async for event in events(await engine.submit(ask(name)))]
 
 
 class Reading:

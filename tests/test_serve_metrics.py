@@ -10,7 +10,7 @@ import pytest
 import yaml
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
-from scripted_engine import BUNDLE, ScriptedEngine
+from scripted_engine import BUNDLE, ScriptedEngine, events
 
 from midstream.serve import rotation
 from midstream.serve.app import create_app
@@ -69,7 +69,7 @@ def serve(feed, *asks, cancel=False, **script):
             stream = await engine.submit(asked)
             if cancel:
                 stream.cancel()
-            async for _ in stream:
+            async for _ in events(stream):
                 pass
 
     asyncio.run(run())

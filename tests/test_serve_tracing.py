@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from http_service import PATIENCE
-from scripted_engine import BUNDLE, ScriptedEngine
+from scripted_engine import BUNDLE, ScriptedEngine, events
 
 pytest.importorskip("opentelemetry.sdk", reason="needs midstream[otel]")
 
@@ -77,7 +77,7 @@ def serve(feed, *asks, **script):
     async def run():
         engine = ScriptedEngine(feed, **script)
         for asked in asks or [ask()]:
-            async for _ in await engine.submit(asked):
+            async for _ in events(await engine.submit(asked)):
                 pass
 
     asyncio.run(run())

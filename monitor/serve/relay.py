@@ -135,6 +135,9 @@ class Relay:
             if self._gone:
                 raise ClientGoneError from None
             return None, self._cut or ApiError(504, "the response took too long", code="timeout")
+        except Exception:
+            _log.exception("stream %s: its engine failed", self.stream.ask.stream)
+            return None, engine_error()
         finally:
             self._clock = None
 
