@@ -57,7 +57,7 @@ class _Noting:
 
 def noting(channel: Channel, plan: Plan) -> None:
     """What runs in the worker."""
-    with open(os.environ[LOG], "ab", buffering=1 << 16) as log:
+    with open(os.environ[LOG], "ab", buffering=0) as log:  # whole also where this is killed
         serve_model(_Noting(channel, log), plan)  # type: ignore[arg-type]
 
 
