@@ -13,7 +13,8 @@ os.environ |= {
     "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "docs")]),  # of the replicas
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_memory_monitor_refresh_ms": "0",  # kills replicas when others fill the machine
+    "RAY_memory_monitor_refresh_ms": "0",  # else replicas are killed when others fill the memory
+    "RAY_worker_niceness": "0",  # else 15: on a loaded machine replicas get next to nothing
     "RAY_gcs_server_port_wait_time_s": PATIENCE,
     "RAY_gcs_server_request_timeout_seconds": PATIENCE,
     "RAY_worker_register_timeout_seconds": PATIENCE,

@@ -8,6 +8,7 @@ import json
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,32 +133,31 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(bundle: Path, ledger: str) -> Iterator[Client]:
     """Replicas that take turns, on a port that nothing else can get."""
-    with (
-        TemporaryDirectory(prefix="ray-") as folder,  # short, as the paths of sockets must be
-        socket.socket() as held,
-    ):
+    with ExitStack() as stack:
+        # not below pytest's folder: the paths of Ray's sockets must be short
+        folder = stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        held = stack.enter_context(socket.socket())
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxy has it
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-        try:
-            ray.init(
-                num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, _temp_dir=folder
-            )
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            options = ray_serve_midstream.Options(ledger=ledger, bundle=bundle, slots=4)
-            replicas = ray_serve_midstream.Midstream.options(
-                func_or_class=NamedReplica,
-                num_replicas=options.replicas,
-                health_check_timeout_s=serving.PATIENCE,
-                request_router_config=RequestRouterConfig(
-                    request_router_class="ray.serve.experimental.round_robin_router:RoundRobinRouter"
-                ),
-            )
-            serve.run(replicas.bind(options))
-            yield Client(port)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+
+        stack.callback(ray.shutdown)
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, _temp_dir=folder
+        )
+        stack.callback(serve.shutdown)
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        options = ray_serve_midstream.Options(ledger=ledger, bundle=bundle, slots=4)
+        replicas = ray_serve_midstream.Midstream.options(
+            func_or_class=NamedReplica,
+            num_replicas=options.replicas,
+            health_check_timeout_s=serving.PATIENCE,
+            request_router_config=RequestRouterConfig(
+                request_router_class="ray.serve.experimental.round_robin_router:RoundRobinRouter"
+            ),
+        )
+        serve.run(replicas.bind(options))
+        yield Client(port)
 
 
 def test_arguments_of_serve_run_are_checked() -> None:
