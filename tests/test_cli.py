@@ -53,7 +53,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 def test_help_names_every_command() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    for command in ("demo", "watch", "score", "inspect", "doctor", "testbed"):
+    for command in ("demo", "watch", "score", "inspect", "doctor", "testbed", "serve", "audit"):
         assert command in shown
 
 
@@ -127,6 +127,19 @@ def test_a_refusal_is_one_line(
     assert found.returncode == 1
     assert says in found.stderr
     assert len(found.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["serve"], ["proxy", "--upstream", "http://u/v1", "--upstream-model", "m"]]
+)
+def test_serving_names_the_libraries_it_lacks(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    refusal = CliRunner().invoke(app, arguments).exception
+    assert isinstance(refusal, ImportError)
+    assert "fastapi, httptools: pip install 'midstream[serve]'" in str(refusal)
 
 
 def test_score_reads_jsonl_and_csv_alike(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from midstream.commands.serve import (
     Port,
     SettingsFile,
     log_to_stderr,
+    need_libraries,
     read_settings,
 )
 
@@ -68,6 +69,7 @@ def proxy(
     """
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    need_libraries()
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.feed import Feed
     from midstream.serve.keys import Keys, read_private

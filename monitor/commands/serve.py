@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -89,6 +90,7 @@ def serve(
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
     if ledger is not None and bundle is None:
         raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
+    need_libraries()
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.gated import GatedEngine, HeldFeed
     from midstream.serve.keys import Keys
@@ -136,6 +138,20 @@ def _open(ledger: str) -> Ledger:
         return open_ledger(ledger)
     except ValueError as error:
         raise typer.BadParameter(f"--ledger: {error}") from error
+
+
+def need_libraries() -> None:
+    """Refuse where what a server needs is not installed.
+
+    Raises
+    ------
+    ImportError
+        Naming all that is missing.
+    """
+    needed = ("fastapi", "httptools", "httpx", "prometheus_client", "uvicorn")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"serving needs {', '.join(missing)}: pip install 'midstream[serve]'")
 
 
 def read_settings(path: Path | None) -> Settings:
