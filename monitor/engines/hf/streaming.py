@@ -14,13 +14,14 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from midstream.engines.hf.attachment import Attachment, HaltingProcessor
+from midstream.engines.hf.attachment import Attachment
 from midstream.engines.hf.checks import (
     UnsupportedGenerationError,
     check_window,
     set_option,
     window,
 )
+from midstream.engines.hf.halting import HaltingProcessor
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
 from midstream.streams import Event, Phase, Session, StreamReport
