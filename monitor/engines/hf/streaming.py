@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,41 +22,18 @@ from midstream.engines.hf.checks import (
     window,
 )
 from midstream.engines.hf.halting import HaltingProcessor
+from midstream.engines.hf.prompts import Prompt, encode
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
 from midstream.streams import Event, Phase, Session, StreamReport
 from midstream.turn_decision import Turn
 from midstream.turns import TurnGate
 
-Prompt = str | Sequence[Mapping[str, str]]
-
 _AHEAD = 16  # events the model may run ahead of a slow reader
 
 
 class _ReaderGone(BaseException):
     """Raised inside generate when nobody reads the stream any more."""
-
-
-def encode(model: Any, tokenizer: Any, prompt: Prompt) -> Tensor:
-    """Return the ids [1, T] of a prompt: text, or chat messages through the tokenizer's template.
-
-    Raises
-    ------
-    UnsupportedGenerationError
-        When there is no token in it.
-    """
-    empty = UnsupportedGenerationError("the prompt is empty; give at least one token")
-    if not prompt:
-        raise empty
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-    if ids.shape[1] == 0:
-        raise empty
-    return torch.as_tensor(ids, dtype=torch.long, device=model.device)
 
 
 def stream(
