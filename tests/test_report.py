@@ -17,8 +17,8 @@ from kernel_cases import fresh_seed
 
 from midstream.measure import drawing, gallery, report
 from midstream.measure.bootstrap import Bootstrap
-from midstream.measure.evaluation import Measured
 from midstream.measure.halting import NEVER
+from midstream.measure.measured import Measured
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

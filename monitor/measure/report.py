@@ -16,7 +16,8 @@ import numpy as np
 
 from midstream.measure import drawing, evaluation, gallery, tables
 from midstream.measure.bootstrap import Figure
-from midstream.measure.evaluation import Measured
+from midstream.measure.curves import curves
+from midstream.measure.measured import Measured
 
 SCHEMA_VERSION = 1
 
@@ -92,7 +93,7 @@ def content(
         "data": {**sources, **_data(m)},
         "headline": found,
         "probes": tables.probes(m),
-        "curves": evaluation.curves(m),
+        "curves": curves(m),
         "breakdown": tables.breakdown(m, columns),
         "over_refusal": tables.over_refusal(m, *look_alikes) if look_alikes else None,
         "bells": tables.bells(m),
@@ -292,25 +293,25 @@ def _data(m: Measured) -> Content:
 
 def _plots(m: Measured, found: Content) -> dict[str, str]:
     """SVG by name; what cannot be drawn is left out, and the page says why."""
-    curves, headline = found["curves"], found["headline"]
+    drawn, headline = found["curves"], found["headline"]
     plots = {}
-    if curves["roc"] is not None:
-        plots["ranking"] = drawing.ranking(curves["roc"], curves["pr"], curves["base_rate"])
-    if curves["halts"] is not None:
+    if drawn["roc"] is not None:
+        plots["ranking"] = drawing.ranking(drawn["roc"], drawn["pr"], drawn["base_rate"])
+    if drawn["halts"] is not None:
         plots["operating"] = drawing.operating(
-            curves["halts"], headline["false_halt_rate"].value, headline["recall"].value
+            drawn["halts"], headline["false_halt_rate"].value, headline["recall"].value
         )
-    shares = [row["share"] for row in curves["leaks"]]
+    shares = [row["share"] for row in drawn["leaks"]]
     if all(s.low is not None for s in shares):
         plots["leaks"] = drawing.leaks(
-            [row["hold_back"] for row in curves["leaks"]],
+            [row["hold_back"] for row in drawn["leaks"]],
             [(s.value, s.low, s.high) for s in shares],
             m.hold_back,
         )
-    if curves["reliability"]:
-        plots["reliability"] = drawing.reliability(curves["reliability"], m.thresholds.horizon)
-    if curves["timing"]:
-        plots["timing"] = drawing.timing(curves["timing"])
+    if drawn["reliability"]:
+        plots["reliability"] = drawing.reliability(drawn["reliability"], m.thresholds.horizon)
+    if drawn["timing"]:
+        plots["timing"] = drawing.timing(drawn["timing"])
     if chosen := gallery.curves(m):
         plots["curves"] = drawing.risk_curves(chosen, m.thresholds.halt_at)
     return plots
