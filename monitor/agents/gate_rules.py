@@ -59,7 +59,7 @@ class Signal(Strict):
     Attributes
     ----------
     phrases : list of str
-        See `midstream.agents.call_text.Phrases`.
+        See `midstream.agents.phrases.Phrases`.
     of : {"call", "observation"}
         Where they are looked for: the tool's name and arguments, or what tools gave back. A signal
         of observations stays on for the rest of the task.
