@@ -6,7 +6,7 @@ keeps the one it was made with. Weights are copied when they are bound: changed 
 binding. Biases and tables are read at every call. Large calls use up to
 :func:`torch.get_num_threads` threads, which changes no bits.
 
-A call is checked in C++, in some 0.2 us; :mod:`.checks` only explains what was refused.
+A call is checked in C++, in some 0.2 us; :mod:`.call_checks` only explains what was refused.
 """
 
 from __future__ import annotations
