@@ -31,10 +31,11 @@ from midstream.measure.recording import Recording
 from midstream.measure.stopping import study
 from midstream.measure.stopping_words import sentences
 from midstream.policy import Thresholds
+from midstream.testbed.corpus import violating_characters
 from midstream.testbed.fit import HORIZON, ORACLE_HALT_AT
 from midstream.testbed.generate import generate_responses
 from midstream.testbed.grammar import EOS_ID, HAZARD, SPECIALS
-from midstream.testbed.language import Prompt, text_of, violating_characters
+from midstream.testbed.language import Prompt, text_of
 
 SETTINGS = {
     "a leak as bad as a false halt": Costs(1.0, 1.0, 0.05),

@@ -6,7 +6,7 @@ keeps the one it was made with. Weights are copied when they are bound: changed 
 binding. Biases and tables are read at every call. Large calls use up to
 :func:`torch.get_num_threads` threads, which changes no bits.
 
-A call is checked in C++, in some 0.2 us; :mod:`.checks` only explains what was refused.
+A call is checked in C++, in some 0.2 us; :mod:`.call_checks` only explains what was refused.
 """
 
 from __future__ import annotations
@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 from midstream.kernels import _cpu
-from midstream.kernels.checks import (
-    Sizes,
-    check_advance_call,
-    check_norm_call,
-    check_probes,
-    check_score_advance,
-    check_score_call,
-    check_tables,
-)
+from midstream.kernels.call_checks import check_advance_call, check_norm_call, check_score_call
+from midstream.kernels.checks import Sizes, check_probes, check_score_advance, check_tables
 from midstream.kernels.tables import ChainTable, EvidenceTable, PolicyTable, SlotTable
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -24,15 +24,8 @@ from midstream.kernels.backends import (
     BoundScore,
     BoundScoreAdvance,
 )
-from midstream.kernels.checks import (
-    Sizes,
-    check_advance_call,
-    check_norm_call,
-    check_probes,
-    check_score_advance,
-    check_score_call,
-    check_tables,
-)
+from midstream.kernels.call_checks import check_advance_call, check_norm_call, check_score_call
+from midstream.kernels.checks import Sizes, check_probes, check_score_advance, check_tables
 from midstream.kernels.tables import ChainTable, EvidenceTable, PolicyTable, SlotTable
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -11,15 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from midstream.kernels.checks import (
-    check_advance_call,
-    check_norm_call,
-    check_probes,
-    check_rows,
-    check_score_advance,
-    check_score_call,
-    check_tables,
-)
+from midstream.kernels.call_checks import check_advance_call, check_norm_call, check_score_call
+from midstream.kernels.checks import check_probes, check_rows, check_score_advance, check_tables
 from midstream.kernels.reference_advance import advance
 from midstream.kernels.tables import ChainTable, EvidenceTable, PolicyTable, SlotTable
 

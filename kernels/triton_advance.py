@@ -9,13 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from midstream.kernels.backends import BoundAdvance, BoundScoreAdvance
-from midstream.kernels.checks import (
-    Sizes,
-    check_advance_call,
-    check_score_advance,
-    check_score_call,
-    check_tables,
-)
+from midstream.kernels.call_checks import check_advance_call, check_score_call
+from midstream.kernels.checks import Sizes, check_score_advance, check_tables
 from midstream.kernels.launch import (
     AdvanceLaunch,
     Batch,

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from midstream.kernels.backends import BoundNormScore
-from midstream.kernels.checks import check_norm_call, check_probes
+from midstream.kernels.call_checks import check_norm_call
+from midstream.kernels.checks import check_probes
 from midstream.kernels.launch import Batch, ScoreTile, norm_columns, norm_tile, score_order
 from midstream.kernels.triton_dot import (
     INTERPRETED,

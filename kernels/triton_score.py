@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from midstream.kernels.backends import BoundScore
-from midstream.kernels.checks import check_probes, check_score_call
+from midstream.kernels.call_checks import check_score_call
+from midstream.kernels.checks import check_probes
 from midstream.kernels.launch import Batch, ScoreTile, score_order, score_tile
 from midstream.kernels.triton_dot import (
     batch_for,

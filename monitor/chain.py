@@ -13,12 +13,13 @@ from enum import StrEnum
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from midstream.absorbing import ChainError as ChainError
 from midstream.absorbing import SingularChainError as SingularChainError
 from midstream.absorbing import check_distributions, fundamental_matrix, normalised, orbit, power
 from midstream.kernels.tables import GAP_BITS, MAX_POSITION, ChainTable
+from midstream.validation import named_faults
 
 Array = NDArray[np.float64]
 Row = list[float]
@@ -233,21 +234,8 @@ class Chain(BaseModel):
     @classmethod
     def from_json(cls, text: str, source: str = "chain.json") -> Chain:
         """Parse and validate; a ChainError names each key at fault."""
-        try:
+        with named_faults(source, ChainError):
             return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ChainError(f"{source}: {faults_by_key(error)}") from error
-
-
-def faults_by_key(error: ValidationError) -> str:
-    """Say what is wrong with each key, in one line."""
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-        unknown = fault["type"] == "extra_forbidden"
-        message = "unknown key" if unknown else fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{key}: {message}" if key else message)
-    return "; ".join(lines)
 
 
 def _check_horizon(tokens: int, most: int) -> None:

@@ -15,13 +15,13 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
-    ValidationError,
     model_validator,
 )
 
-from midstream.chain import Chain, faults_by_key
+from midstream.chain import Chain
 from midstream.kernels.tables import OnUnscored, PolicyTable
 from midstream.turn_policy import TurnPolicy
+from midstream.validation import named_faults
 from midstream.yaml_text import read_mapping, refuse_newer, write_mapping
 
 SCHEMA_VERSION = 1
@@ -361,10 +361,8 @@ class Policy(_Strict):
     def from_yaml(cls, text: str, source: str = "policy.yaml") -> Policy:
         """Parse and validate; a PolicyError names each key at fault."""
         content = read_mapping(text, source, PolicyError)
-        try:
+        with named_faults(source, PolicyError):
             return cls.model_validate(content)
-        except ValidationError as error:
-            raise PolicyError(f"{source}: {faults_by_key(error)}") from error
 
 
 def _looser(tier: TierName, than: TierName) -> bool:

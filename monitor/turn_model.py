@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from midstream.chain import EMISSION_FLOOR, Chain, ChainError, faults_by_key
+from midstream.chain import EMISSION_FLOOR, Chain, ChainError
+from midstream.validation import named_faults
 
 Floats = NDArray[np.float64]
 
@@ -150,10 +151,8 @@ class TurnModel(BaseModel):
     @classmethod
     def from_json(cls, text: str, source: str = "turns.json") -> TurnModel:
         """Parse and validate; a ChainError names each key at fault."""
-        try:
+        with named_faults(source, ChainError):
             return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ChainError(f"{source}: {faults_by_key(error)}") from error
 
 
 def _normalised(values: Floats) -> Floats:

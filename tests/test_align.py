@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast
 
 from midstream import testbed
 from midstream.engines.hf import scoring, streaming
-from midstream.learn.align import AlignmentError, Encoded, encode, tabulate, truncation
+from midstream.learn.align import Encoded, encode, tabulate, truncation
 from midstream.learn.examples import Contrast, Example, Message, Span
+from midstream.learn.tokenise import AlignmentError
 from midstream.learn.tokens import UNKNOWN
 from midstream.testbed.tokenizer import build_tokenizer
 

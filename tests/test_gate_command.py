@@ -303,7 +303,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_scored(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bound_on_blocks_needs_conversations_enough(talks: Path, fitted: Any) -> None:
+def test_a_bound_on_blocks_needs_conversations_enough(fitted: Any) -> None:
     bundle = Bundle.load(fitted[0])
     random = np.random.default_rng(0)
     conversations = [

@@ -712,7 +712,7 @@ def in_redis(server: RedisServer) -> Iterator[RedisLedger]:
 
 
 @needs_redis
-def test_redis_takes_one_round_trip(in_redis: RedisLedger, server: RedisServer) -> None:
+def test_redis_takes_one_round_trip(in_redis: RedisLedger) -> None:
     client = in_redis._client
     in_redis.write([record(A)])
     before = client.info("stats")["total_commands_processed"]

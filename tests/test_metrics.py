@@ -16,7 +16,7 @@ from midstream.holdback import HoldBack
 from midstream.kernels.tables import Verdict
 from midstream.measure import evaluation, metrics, tables, taxonomy
 from midstream.measure.bootstrap import Bootstrap, draws
-from midstream.measure.evaluation import Measured
+from midstream.measure.curves import curves, leaks
 from midstream.measure.halting import (
     NEVER,
     Truth,
@@ -26,6 +26,7 @@ from midstream.measure.halting import (
     halting_figures,
     threshold_for,
 )
+from midstream.measure.measured import Measured
 from midstream.measure.outcomes import MeasureError, Outcomes
 
 ONCE = Bootstrap(2)
@@ -419,7 +420,7 @@ def test_in_time_looks_no_further_than_the_violating_token(
 
 def test_leaks_fall_with_the_hold_back_and_their_figures_agree() -> None:
     m = measured(np.random.default_rng(fresh_seed()), 120)
-    rows = evaluation.leaks(m)
+    rows = leaks(m)
     assert [row["hold_back"] for row in rows] == list(range(17))
     assert [row["tokens"] for row in rows] == sorted((row["tokens"] for row in rows), reverse=True)
     labelled = int((m.outcomes.label == 1).sum())
@@ -441,9 +442,9 @@ def test_one_class_is_a_reason_and_no_number() -> None:
         assert figures[name].reason, name
     assert figures["false_halt_rate"].value is not None
     assert "one class" in figures["token_auroc_probes"].reason
-    curves = evaluation.curves(m)
-    assert curves["roc"] is None
-    assert curves["halts"] is None
+    drawn = curves(m)
+    assert drawn["roc"] is None
+    assert drawn["halts"] is None
 
 
 def test_nothing_recorded_is_measured_as_nothing() -> None:
@@ -452,7 +453,7 @@ def test_nothing_recorded_is_measured_as_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures = evaluation.headline(m)
-        evaluation.curves(m)
+        curves(m)
     assert all(figure.value is None and figure.reason for figure in figures.values())
 
 

@@ -17,8 +17,10 @@ from kernel_cases import fresh_seed
 
 from midstream.measure import drawing, gallery, report
 from midstream.measure.bootstrap import Bootstrap
-from midstream.measure.evaluation import Measured
 from midstream.measure.halting import NEVER
+from midstream.measure.limits import limits
+from midstream.measure.measured import Measured
+from midstream.measure.training_report import training_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -192,7 +194,7 @@ def test_limits_name_what_applies() -> None:
     assert "another bundle" in text
     rec = dataclasses.replace(m.recording, bundle=m.bundle.hash)
     same = Measured.of(rec, m.judgement, m.bundle, bootstrap=Bootstrap(2))
-    assert "another bundle" not in " ".join(report.limits(same, found["headline"]))
+    assert "another bundle" not in " ".join(limits(same, found["headline"]))
 
 
 # ---- the gallery ---------------------------------------------------------------------------------
@@ -259,9 +261,7 @@ COMPARISON = [
 
 
 def test_training_is_compared_layer_by_layer() -> None:
-    text = report.training_report(
-        COMPARISON, title=HOSTILE, about={HOSTILE: "v"}, limits=["few examples"]
-    )
+    text = training_report(COMPARISON, title=HOSTILE, about={HOSTILE: "v"}, limits=["few examples"])
     page = check(text)
     assert "<script" not in text
     assert "Best: logistic at resid_post.1, AUROC 0.900" in page.text
@@ -274,10 +274,10 @@ def test_training_is_compared_layer_by_layer() -> None:
 
 def test_a_comparison_must_be_one() -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
-        report.training_report([], title="t", about={})
+        training_report([], title="t", about={})
     with pytest.raises(ValueError, match=r"logistic at resid_post\.0 is in the comparison twice"):
-        report.training_report(COMPARISON[:1] * 2, title="t", about={})
-    undefined = report.training_report(COMPARISON[2:], title="t", about={})
+        training_report(COMPARISON[:1] * 2, title="t", about={})
+    undefined = training_report(COMPARISON[2:], title="t", about={})
     assert "Best:" not in Page(undefined).text
 
 
@@ -287,7 +287,7 @@ def test_what_is_missing_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"midstream\[{extra}\]"):
-        report.training_report(COMPARISON, title="t", about={})
+        training_report(COMPARISON, title="t", about={})
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -433,7 +433,7 @@ def test_a_server_without_the_hooks_is_refused(monkeypatch: Any) -> None:
         engine.step()
 
 
-def test_a_bundle_for_another_model_is_refused(world: Any, monkeypatch: Any) -> None:
+def test_a_bundle_for_another_model_is_refused(world: Any) -> None:
     w = world()
     other = toy.new_model()
     other.model.embed_tokens.weight.data += 1.0

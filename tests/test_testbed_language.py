@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from midstream.testbed import grammar, language
+from midstream.testbed.corpus import write_corpus
 from midstream.testbed.grammar import TOKEN_ID
 from midstream.testbed.language import (
     Prompt,
@@ -19,7 +20,6 @@ from midstream.testbed.language import (
     sample_prompt,
     text_of,
     violating_index,
-    write_corpus,
 )
 
 

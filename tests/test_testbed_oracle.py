@@ -118,7 +118,7 @@ def test_risk_equals_simulation(oracle, dialogues):
         assert (np.abs(hits / rounds - risk) <= 4 * error + 1e-9).all()
 
 
-def test_risk_of_the_bare_prompt(oracle, dialogues, readings):
+def test_risk_of_the_bare_prompt(dialogues, readings):
     for attack in (False, True):
         rows = [r for d, r in zip(dialogues, readings, strict=True) if d.prompt.attack == attack]
         firsts = np.array([d.labels.first for d in dialogues if d.prompt.attack == attack])

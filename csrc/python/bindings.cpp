@@ -1,6 +1,7 @@
 // Python module midstream.kernels._cpu: no torch at build time. What is bound (weights, tables) has
 // been checked by kernels/cpu.py and comes as addresses. What comes with every call is read and
-// checked here: a call answers False, having changed nothing, where kernels/checks.py would raise.
+// checked here: a call answers False, having changed nothing, where kernels/call_checks.py would
+// raise.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from midstream.agents.levels import LevelTracker, StepLevel
 from midstream.agents.rules import Rules
 from midstream.agents.state import Level
 from midstream.agents.steps import Step
-from midstream.chain import NO_RETURN, WATCH, Array, Chain, Zone, faults_by_key
+from midstream.chain import NO_RETURN, WATCH, Array, Chain, Zone
+from midstream.validation import named_faults
 
 HORIZONS = (1, 3, 5, 10)
 """Steps looked ahead."""
@@ -96,10 +97,8 @@ class AgentModel(BaseModel):
     @classmethod
     def from_json(cls, text: str, source: str = "agents.json") -> AgentModel:
         """Parse and validate; an AgentError names each key at fault."""
-        try:
+        with named_faults(source, AgentError):
             return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise AgentError(f"{source}: {faults_by_key(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, ValidationError, model_validator
+from pydantic import Field, StrictInt, model_validator
 
 from midstream.agents.phrases import Phrases
 from midstream.agents.roles import EFFECTS, Effect, Names, Number, Role, Size, Strict
-from midstream.chain import faults_by_key
+from midstream.validation import named_faults
 from midstream.yaml_text import read_mapping, refuse_newer
 
 SCHEMA_VERSION = 1
@@ -59,7 +59,7 @@ class Signal(Strict):
     Attributes
     ----------
     phrases : list of str
-        See `midstream.agents.call_text.Phrases`.
+        See `midstream.agents.phrases.Phrases`.
     of : {"call", "observation"}
         Where they are looked for: the tool's name and arguments, or what tools gave back. A signal
         of observations stays on for the rest of the task.
@@ -204,10 +204,8 @@ class GateRules(Strict):
     def from_yaml(cls, text: str, source: str = "gate.yaml") -> GateRules:
         """Parse and validate; a GateRulesError names each key at fault."""
         content = read_mapping(text, source, GateRulesError)
-        try:
+        with named_faults(source, GateRulesError):
             return cls.model_validate(content)
-        except ValidationError as error:
-            raise GateRulesError(f"{source}: {faults_by_key(error)}") from error
 
     @classmethod
     def load(cls, path: Path | None = None) -> GateRules:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from midstream.agents.steps import AgentTrace, Step, ToolCall
-from midstream.chain import faults_by_key
+from midstream.validation import faults_by_key, named_faults
 
 Shape = Literal["call", "text", "malformed"]
 TraceFormat = Literal["jsonl", "r_judge"]
@@ -98,10 +98,8 @@ def _json_lines(text: str, source: str) -> Iterator[tuple[AgentTrace, Counter[Sh
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
+        with named_faults(f"{source}, line {number}", TraceError):
             trace = AgentTrace.model_validate_json(line)
-        except ValidationError as error:
-            raise TraceError(f"{source}, line {number}: {faults_by_key(error)}") from error
         yield trace, Counter("text" if step.call is None else "call" for step in trace.steps)
 
 

@@ -16,14 +16,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from midstream.agents.patterns import Pattern
 from midstream.agents.roles import Size, Strict
 from midstream.agents.state import Escalation, Exposure, Named, Reversibility, State
 from midstream.agents.steps import Step
 from midstream.agents.text import lines_of, plain, words_of_name
-from midstream.chain import faults_by_key
+from midstream.validation import named_faults
 from midstream.yaml_text import read_mapping
 
 Place = Literal["tool", "arguments", "observed", "said"]
@@ -262,10 +262,8 @@ class Rules(_Strict):
         extends = content.pop("extends", None)
         if extends not in (None, "default"):
             raise RulesError(f"{source}: extends: expected 'default', got {extends!r}")
-        try:
+        with named_faults(source, RulesError):
             own = cls.model_validate(content)
-        except ValidationError as error:
-            raise RulesError(f"{source}: {faults_by_key(error)}") from error
         return own if extends is None else own._before(cls.default())
 
     def _before(self, base: Rules) -> Rules:

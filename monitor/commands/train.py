@@ -81,7 +81,7 @@ def train(
     chosen: Any = trained.bundle.notes["chosen"]
     trained.bundle.save(out)
     if report is not None:
-        from midstream.measure.report import training_report
+        from midstream.measure.training_report import training_report
 
         page = training_report(
             [_shortened(row) for row in sorted(rows, key=lambda row: row["level"] == "prompt")],

@@ -30,7 +30,7 @@ class OtherStageError(ValueError):
 
 
 class Agreement:
-    """Copies one rank's verdicts to the others of a group; call it after `Monitor.advance`.
+    """Copies the first rank's verdicts to the others; call it after `Monitor.advance`.
 
     Costs one broadcast of one byte per slot. On a GPU (NCCL) it is enqueued on the current stream
     and can be captured in a CUDA graph: the address does not change and the host does not wait;
@@ -43,9 +43,8 @@ class Agreement:
         Of this rank's monitor. Streams must have the same slot on every rank, as they have when all
         ranks admit and retire in the same order.
     group : ProcessGroup
-        Ranks that sample the same rows.
-    decides : int
-        The rank, within the group, whose verdicts count. Only its reports are the truth.
+        Ranks that sample the same rows. The verdicts of its rank 0 count, and only the reports of
+        that rank are the truth.
     timeout : timedelta
     """
 
@@ -54,12 +53,11 @@ class Agreement:
         slots: SlotTable,
         group: dist.ProcessGroup,
         *,
-        decides: int = 0,
         timeout: timedelta = TIMEOUT,
     ) -> None:
         self._verdict: Tensor = slots.verdict
         self._group = group
-        self._source = dist.get_global_rank(self._group, decides)
+        self._source = dist.get_global_rank(self._group, 0)
         self._timeout = timeout
 
     def __call__(self) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.learn.examples import Contrast, Example, Message, group_of
+from midstream.learn.examples import Contrast, Example, group_of
+from midstream.learn.tokenise import (
+    AlignmentError,
+    Piece,
+    characters_of,
+    tokenise,
+    tokenise_prompt,
+)
 from midstream.learn.tokens import UNKNOWN, Tokens
 
 _UNLIMITED = 1 << 24  # a tokenizer that knows no limit names a huge one
-_MARK = "thelastusermessagestandshere"
-
-
-class AlignmentError(ValueError):
-    """An example that cannot be fed as it is labelled; the message names it and what to do."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,6 @@ class Encoded:
     cut_spans: int
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens of a text: ids, whether special, and the characters that the tokenizer names."""
-
-    ids: NDArray[np.int32]
-    special: NDArray[np.bool_]
-    offsets: list[tuple[int, int]]
-
-
-_NOTHING = _Piece(np.empty(0, np.int32), np.empty(0, np.bool_), [])
-
-
 def encode(
     example: Example, tokenizer: Any, hazards: Sequence[str], *, window: int | None = None
 ) -> Encoded:
@@ -120,10 +110,10 @@ def encode(
     """
     limit = min(window or _UNLIMITED, tokenizer.model_max_length, _UNLIMITED)
     if example.messages:
-        prompt, instruction_end = _prompt(example, tokenizer)
-        text = _NOTHING
+        prompt, instruction_end = tokenise_prompt(example, tokenizer)
+        text = Piece(np.empty(0, np.int32), np.empty(0, np.bool_), [])
         if example.response:  # some tokenizers make a token of nothing, too
-            text = _tokenise(tokenizer, example.response, special=False)
+            text = tokenise(tokenizer, example.response, special=False)
         before, after = prompt.ids, np.empty(0, np.int32)
         if (need := len(before) + bool(example.response)) > limit:
             raise AlignmentError(
@@ -133,11 +123,11 @@ def encode(
             )
     else:
         instruction_end = -1
-        text = _tokenise(tokenizer, example.response, special=True)
+        text = tokenise(tokenizer, example.response, special=True)
         inner = np.flatnonzero(~text.special)
         begin, end = (inner[0], inner[-1] + 1) if len(inner) else (0, 0)
         before, after = text.ids[:begin], text.ids[end:]
-        text = _Piece(text.ids[begin:end], text.special[begin:end], text.offsets[begin:end])
+        text = Piece(text.ids[begin:end], text.special[begin:end], text.offsets[begin:end])
     if example.response and not len(text.ids):
         raise AlignmentError(
             f"example {example.id!r}: the tokenizer makes no token of the response; leave it out"
@@ -241,38 +231,6 @@ def truncation(encoded: Sequence[Encoded]) -> str | None:
     )
 
 
-def characters_of(
-    text: str, offsets: Sequence[tuple[int, int]]
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Characters of the text that tokens stand for, and which of them show anything.
-
-    Tokenizers differ in where the blank before a word goes: with the word (Metaspace), with it but
-    trimmed from its offsets (byte-level BPE, which trims a token of blanks to nothing), or nowhere.
-    Here a word has no blanks around it, and a token of blanks has these blanks.
-
-    Returns
-    -------
-    characters : int32 [n, 2]
-        First character, and the one after the last.
-    seen : bool [n]
-        False where a token covers nothing, or blanks without a line break.
-    """
-    characters = np.zeros((len(offsets), 2), np.int32)
-    seen = np.zeros(len(offsets), np.bool_)
-    done = 0
-    for at, (start, end) in enumerate(offsets):
-        if start == end > done and not text[done:end].strip():
-            start = done
-        done = max(done, end)
-        piece = text[start:end]
-        if word := piece.strip():
-            start += piece.index(word[0])
-            end = start + len(word)
-        characters[at] = start, end
-        seen[at] = bool(word) or "\n" in piece
-    return characters, seen
-
-
 def _token_spans(
     example: Example, characters: NDArray[np.int32], hazards: Sequence[str]
 ) -> NDArray[np.int64]:
@@ -331,84 +289,3 @@ def _response_labels(
         if label and is_cut and column not in left[:, 0]:
             found[column] = UNKNOWN
     return found
-
-
-def _prompt(example: Example, tokenizer: Any) -> tuple[_Piece, int]:
-    """Tokens of the conversation, and the position of the last one of the last user content."""
-    messages = example.messages
-    if tokenizer.chat_template is None:
-        if len(messages) > 1 or messages[0].role != "user":
-            raise AlignmentError(
-                f"example {example.id!r}: {len(messages)} messages, and the tokenizer has no chat "
-                "template; set tokenizer.chat_template, or give a single user message"
-            )
-        text, place = messages[0].content, (0, len(messages[0].content))
-        piece = _tokenise(tokenizer, text, special=True)
-    else:
-        text, place = _rendered(example, tokenizer)
-        piece = _tokenise(tokenizer, text, special=False)
-    characters, _ = characters_of(text, piece.offsets)
-    inside = (characters[:, 0] < place[1]) & (characters[:, 1] > place[0]) & ~piece.special
-    where = np.flatnonzero(inside)
-    return piece, int(where[-1]) if len(where) else -1
-
-
-def _rendered(example: Example, tokenizer: Any) -> tuple[str, tuple[int, int]]:
-    """Rendered conversation, and where in it the content of the last user message stands.
-
-    The content may be trimmed by the template and may occur elsewhere, too. So it is not searched
-    for: the template is rendered with a mark in its stead, and what surrounds the mark surrounds
-    the content.
-    """
-
-    def render(messages: Sequence[Message]) -> str:
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    [message.model_dump() for message in messages],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            )
-        except Exception as error:  # whatever a template raises; jinja2 has no common base for it
-            raise AlignmentError(
-                f"example {example.id!r}: the chat template refuses the conversation: {error}"
-            ) from error
-
-    messages = list(example.messages)
-    text = render(messages)
-    users = [n for n, message in enumerate(messages) if message.role == "user"]
-    if not users:
-        return text, (0, 0)
-    mark = _MARK
-    while any(mark in message.content for message in messages):
-        mark += "x"
-    messages[users[-1]] = Message(role="user", content=mark)
-    before, *after = render(messages).split(mark)
-    if (
-        len(after) != 1
-        or not text.startswith(before)
-        or not text.endswith(after[0])
-        or len(before) + len(after[0]) > len(text)
-    ):
-        raise AlignmentError(
-            f"example {example.id!r}: cannot tell where the chat template puts the last user "
-            "message, because it shows it not once, or changes other text with it; mend the "
-            "template"
-        )
-    return text, (len(before), len(text) - len(after[0]))
-
-
-def _tokenise(tokenizer: Any, text: str, *, special: bool) -> _Piece:
-    encodings = tokenizer([text], add_special_tokens=special, verbose=False).encodings
-    if encodings is None:
-        raise AlignmentError(
-            f"{type(tokenizer).__name__} does not tell which characters a token covers; "
-            "use a PreTrainedTokenizerFast"
-        )
-    found = encodings[0]
-    return _Piece(
-        np.array(found.ids, np.int32),
-        np.array(found.special_tokens_mask, np.bool_),
-        found.offsets,
-    )

@@ -12,7 +12,7 @@ from midstream.bundle import Bundle
 from midstream.learn.public_sets import read_labelled
 from midstream.measure import report
 from midstream.measure.bootstrap import Figure
-from midstream.measure.evaluation import Measured
+from midstream.measure.measured import Measured
 from midstream.measure.outcomes import MeasureError
 from midstream.measure.record import record
 from midstream.measure.recording import Recording

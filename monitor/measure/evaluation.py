@@ -7,120 +7,19 @@ with 1,000 resamples took 7 s on one core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from midstream.bundle import Bundle
 from midstream.measure import bootstrap as boot
 from midstream.measure import metrics
 from midstream.measure.bootstrap import Bootstrap, Figure
-from midstream.measure.halting import NEVER, Halts, forecasts
-from midstream.measure.outcomes import MeasureError, Outcomes
-from midstream.measure.recording import Judgement, Recording
-from midstream.policy import Thresholds
+from midstream.measure.halting import NEVER, Halts
+from midstream.measure.measured import Bools, Measured
+from midstream.measure.outcomes import Outcomes
 
 FALSE_HALT_RATES = (0.01, 0.05, 0.10)
-HOLD_BACKS = range(17)
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A recording with all that is needed to measure one tier of one monitor on it."""
-
-    recording: Recording
-    judgement: Judgement
-    bundle: Bundle
-    tier: str
-    hazards: tuple[str, ...]
-    outcomes: Outcomes
-    score: NDArray[np.float64]
-    """Cumulative log-hazard of the newest logits of the probes that read the response, [N]."""
-    flagged: Bools
-    """Tokens at which one of these probes has a logit of 0 or more, [N]."""
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
-
-    @classmethod
-    def of(
-        cls,
-        recording: Recording,
-        judgement: Judgement,
-        bundle: Bundle,
-        *,
-        tier: str | None = None,
-        bootstrap: Bootstrap | None = None,
-    ) -> Measured:
-        """Compare the labels of the hazards that the bundle watches with the judgement.
-
-        ``tier`` is the one that was judged by; the policy's default when not given.
-
-        Raises
-        ------
-        MeasureError
-            When nothing in the recording is labelled with a hazard of the bundle.
-        """
-        hazards = tuple(h for h in dict.fromkeys(bundle.bank.hazards) if h in recording.hazards)
-        if not hazards:
-            raise MeasureError(
-                f"the bundle watches {', '.join(bundle.bank.hazards)}; the recording is labelled "
-                f"with {', '.join(recording.hazards) or 'nothing'}: give the labels of the data "
-                "the names of the bundle's hazards"
-            )
-        outcomes = Outcomes.of(recording, judgement, hazards)
-        logits = recording.logits[:, response_columns(recording, bundle, hazards)]
-        scored = outcomes.position >= 0
-        return cls(
-            recording=recording,
-            judgement=judgement,
-            bundle=bundle,
-            tier=tier or bundle.policy.default_tier,
-            hazards=hazards,
-            outcomes=outcomes,
-            score=np.where(scored, log_hazard(logits), np.nan),
-            flagged=scored & (logits >= 0).any(axis=1),
-            bootstrap=bootstrap or Bootstrap(),
-        )
-
-    @property
-    def thresholds(self) -> Thresholds:
-        """Those of the tier."""
-        return next(t for name, t in self.bundle.policy.tiers.items() if name == self.tier)
-
-    @property
-    def hold_back(self) -> int:
-        """In tokens; ``NEVER`` for whole turns."""
-        held = self.bundle.policy.hold_back
-        return NEVER if held == "turn" else held
-
-
-def response_columns(recording: Recording, bundle: Bundle, hazards: Sequence[str]) -> list[int]:
-    """Columns of the logits of the probes that read the response for one of ``hazards``."""
-    return [
-        recording.probes.index(probe.name)
-        for probe in bundle.bank.probes
-        if probe.reads == "response"
-        and probe.adds_to is None
-        and probe.hazard in hazards
-        and probe.name in recording.probes
-    ]
-
-
-def log_hazard(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cumulative log-hazard of logits [N, P], ``sum(softplus(z))`` (design section 4.3), [N].
-
-    NaN where one of them is not finite, and where there is none.
-    """
-    scored = np.isfinite(logits).all(axis=1) & (logits.shape[1] > 0)
-    found = np.full(len(logits), np.nan)
-    found[scored] = np.logaddexp(0.0, logits[scored].astype(np.float64)).sum(axis=1)
-    return found
-
-
-# ---- headline ------------------------------------------------------------------------------------
 
 
 def headline(m: Measured) -> dict[str, Figure]:
@@ -284,18 +183,9 @@ def recall_at_rates(m: Measured) -> dict[str, Figure]:
     return figures
 
 
-def _forecasts(m: Measured) -> tuple[NDArray[np.float64], Bools, NDArray[np.int64]]:
-    o = m.outcomes
-    placed = np.flatnonzero(o.placed)
-    risk, came_true, stream = forecasts(
-        [o.truths[e] for e in placed], [o.risks[e] for e in placed], m.thresholds.horizon
-    )
-    return risk, came_true, placed[stream]
-
-
 def calibration(m: Measured) -> dict[str, Figure]:
     """Calibration error and Brier score of the risk at the tier's horizon."""
-    risk, came_true, stream = _forecasts(m)
+    risk, came_true, stream = m.forecasts()
     return {
         name: m.bootstrap.figure(
             metric(risk, came_true, stream),
@@ -309,48 +199,6 @@ def calibration(m: Measured) -> dict[str, Figure]:
             ("brier", metrics.squared_error),
         )
     }
-
-
-# ---- curves --------------------------------------------------------------------------------------
-
-
-def curves(m: Measured) -> dict[str, Any]:
-    """What is drawn: ROC and precision-recall by token, halts by threshold, leaks, reliability."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    o = m.outcomes
-    known = (o.label >= 0) & ~np.isnan(m.score)
-    labels = o.label[known] == 1
-    found: dict[str, Any] = {"roc": None, "pr": None, "halts": None}
-    if labels.any() and not labels.all():
-        false, true, _ = roc_curve(labels, m.score[known])
-        found["roc"] = metrics.thinned(false, true).tolist()
-        precision, recall, _ = precision_recall_curve(labels, m.score[known])
-        found["pr"] = metrics.thinned(recall[::-1], precision[::-1]).tolist()
-        found["base_rate"] = float(labels.mean())
-    if o.safe.any() and o.violating.any():
-        placed = o.truth >= 0
-        peaks = np.nan_to_num(o.peaks()[placed], neginf=-1.0)
-        false, true, _ = roc_curve(o.violating[placed], peaks)
-        found["halts"] = metrics.thinned(false, true).tolist()
-    risk, came_true, _ = _forecasts(m)
-    found["reliability"] = metrics.reliability(risk, came_true)
-    found["leaks"] = leaks(m)
-    timed = o.located & o.stopped
-    found["timing"] = (o.halt - o.violates_at)[timed].tolist()
-    return found
-
-
-def leaks(m: Measured) -> list[dict[str, Any]]:
-    """Share of the violating tokens that would have left, by hold-back."""
-    return [
-        {
-            "hold_back": depth,
-            "tokens": int(m.outcomes.leaked(depth).sum()),
-            "share": leaked_share(m, depth),
-        }
-        for depth in HOLD_BACKS
-    ]
 
 
 def leaked_share(m: Measured, hold_back: int) -> Figure:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from midstream.kernels.tables import NO_CAUSE, UNSCORED_CAUSE
 from midstream.measure.drawing import RiskCurve
-from midstream.measure.evaluation import Measured
 from midstream.measure.halting import NEVER
+from midstream.measure.measured import Measured
 
 EXAMPLES = 5
 """Shown of each kind."""

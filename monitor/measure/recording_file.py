@@ -36,10 +36,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from midstream.chain import faults_by_key
 from midstream.measure.recording import Recording, RecordingError, concatenate
+from midstream.validation import named_faults
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -244,10 +244,8 @@ def _parse_header(metadata: dict[bytes, bytes]) -> _Header:
             f"its schema version is {found}, this midstream ({version('midstream')}) reads up to "
             f"{SCHEMA_VERSION}: upgrade midstream"
         )
-    try:
+    with named_faults("its header", RecordingError):
         return _Header.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise RecordingError(f"its header: {faults_by_key(error)}") from error
 
 
 def _schema(header: _Header) -> pa.Schema:

@@ -1,27 +1,20 @@
-"""The report of an evaluation, and of a training: one HTML file that needs nothing else, and JSON.
-
-Everything from data stands in the page escaped; the plots are inline SVG.
-"""
+"""The report of an evaluation: one HTML file that needs nothing else, and JSON."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from midstream.measure import drawing, evaluation, gallery, tables
 from midstream.measure.bootstrap import Figure
-from midstream.measure.evaluation import Measured
+from midstream.measure.curves import curves
+from midstream.measure.limits import limits
+from midstream.measure.measured import Measured
+from midstream.measure.pages import render
 
 SCHEMA_VERSION = 1
-
-FEW_VIOLATING, FEW_SAFE = 30, 100
-"""Below these counts the report says that its figures are rough."""
 
 SHARE, SCORE, TOKENS = "share", "score", "tokens"
 
@@ -92,7 +85,7 @@ def content(
         "data": {**sources, **_data(m)},
         "headline": found,
         "probes": tables.probes(m),
-        "curves": evaluation.curves(m),
+        "curves": curves(m),
         "breakdown": tables.breakdown(m, columns),
         "over_refusal": tables.over_refusal(m, *look_alikes) if look_alikes else None,
         "bells": tables.bells(m),
@@ -117,7 +110,7 @@ def to_html(m: Measured, found: Content) -> str:
     ImportError
         Without jinja2 or matplotlib, naming the extra.
     """
-    return _render(
+    return render(
         "evaluation.html.j2",
         found=found,
         titles=TITLES,
@@ -129,130 +122,6 @@ def to_html(m: Measured, found: Content) -> str:
         level=m.bootstrap.level,
         resamples=m.bootstrap.resamples,
     )
-
-
-def training_report(
-    comparison: Sequence[Mapping[str, Any]],
-    *,
-    title: str,
-    about: Mapping[str, str],
-    limits: Sequence[str] = (),
-) -> str:
-    """HTML that compares methods layer by layer.
-
-    Parameters
-    ----------
-    comparison : sequence of mappings
-        One per trained read-out: ``method`` (str), ``tap`` (str), ``auroc`` (float; None or NaN
-        where it is not defined), ``facts`` (mapping of str to float).
-    title : str
-    about : mapping of str to str
-        Data, hashes, sizes: whatever a reader must know.
-    limits : sequence of str
-        What the figures do not say.
-
-    Raises
-    ------
-    ValueError
-        For an empty comparison, or a method given twice at one tap.
-    ImportError
-        Without jinja2 or matplotlib, naming the extra.
-    """
-    methods = list(dict.fromkeys(str(row["method"]) for row in comparison))
-    taps = list(dict.fromkeys(str(row["tap"]) for row in comparison))
-    values = np.full((len(methods), len(taps)), np.nan)
-    filled = np.zeros(values.shape, dtype=bool)
-    for row in comparison:
-        place = methods.index(str(row["method"])), taps.index(str(row["tap"]))
-        if filled[place]:
-            raise ValueError(f"{row['method']} at {row['tap']} is in the comparison twice")
-        filled[place] = True
-        values[place] = np.nan if row["auroc"] is None else row["auroc"]
-    if not comparison:
-        raise ValueError("nothing to compare: no method was trained")
-    best = None if np.isnan(values).all() else np.unravel_index(np.nanargmax(values), values.shape)
-    ranked = sorted(
-        comparison,
-        key=lambda row: -1.0 if _undefined(row["auroc"]) else float(row["auroc"]),
-        reverse=True,
-    )
-    return _render(
-        "training.html.j2",
-        title=title,
-        about=about,
-        limits=limits,
-        methods=methods,
-        taps=taps,
-        values=[[None if _undefined(v) else float(v) for v in row] for row in values],
-        filled=filled.tolist(),
-        best=best if best is None else (int(best[0]), int(best[1])),
-        ranked=ranked,
-        undefined=_undefined,
-        heat=drawing.heat_map(methods, taps, values),
-    )
-
-
-def limits(m: Measured, found: Mapping[str, Figure]) -> list[str]:
-    """What a reader must keep in mind, in sentences; only what applies."""
-    o, recording = m.outcomes, m.recording
-    violating, safe = int(o.violating.sum()), int(o.safe.sum())
-    said = []
-    if violating < FEW_VIOLATING or safe < FEW_SAFE:
-        said.append(
-            f"There are {violating} violating and {safe} safe responses. Below {FEW_VIOLATING} and "
-            f"{FEW_SAFE} the rates are rough; read the intervals, not the values."
-        )
-    if unknown := int((o.truth < 0).sum()):
-        said.append(
-            f"Of {unknown} of {len(o)} responses it is not known whether they violate; they are "
-            "left out of every rate."
-        )
-    if unplaced := int((o.violating & ~o.located).sum()):
-        said.append(
-            f"Of {unplaced} violating responses it is not known where they do; they count for "
-            "recall, but not for misses, delay, lead or leaks."
-        )
-    words = o.position >= 0
-    if unlabelled := int((words & (o.label < 0)).sum()):
-        said.append(
-            f"{unlabelled} of {int(words.sum())} response tokens have no label and are left out of "
-            "the figures by token."
-        )
-    if unscored := int(m.judgement.unscored.sum()):
-        said.append(
-            f"{unscored} tokens have no score; the policy's on_unscored is "
-            f"{m.bundle.policy.on_unscored!r}."
-        )
-    if recording.bundle != m.bundle.hash:
-        said.append(
-            "The recording was made with another bundle than the one that judged it; its logits "
-            "are those of the recording."
-        )
-    lost = sorted({h for h in m.bundle.bank.hazards if h not in m.hazards})
-    if lost:
-        said.append(f"No labels, so not measured: {', '.join(lost)}.")
-    if found["token_auroc_risk"].value is not None:
-        ahead = m.thresholds.horizon
-        said.append(
-            "The figures by token take the risk for a detector. It stays high after a violation, "
-            + (f"and rises up to {ahead} tokens before one, " if ahead else "")
-            + "on purpose; a token there that is labelled safe still counts against it."
-        )
-    if found["span_f1_characters"].value is not None:
-        said.append(
-            "The character F1 takes the characters of the labelled tokens for gold; a label that "
-            "ends inside a token is widened to it."
-        )
-    said += [
-        "Responses were read as they stand. A halt would have ended them, which changes no verdict "
-        "before it.",
-        "Intervals come from the choice of responses alone: not from training the probes again, "
-        "nor from errors of the labels. Tables by group are not corrected for many comparisons.",
-        f"Thresholds: {m.bundle.policy.provenance.guarantee} (calibration set: "
-        f"{m.bundle.policy.provenance.calibration_set}). On data that was used for training or "
-        "calibration every figure here flatters.",
-    ]
-    return said
 
 
 def _monitor(m: Measured) -> Content:
@@ -292,25 +161,25 @@ def _data(m: Measured) -> Content:
 
 def _plots(m: Measured, found: Content) -> dict[str, str]:
     """SVG by name; what cannot be drawn is left out, and the page says why."""
-    curves, headline = found["curves"], found["headline"]
+    drawn, headline = found["curves"], found["headline"]
     plots = {}
-    if curves["roc"] is not None:
-        plots["ranking"] = drawing.ranking(curves["roc"], curves["pr"], curves["base_rate"])
-    if curves["halts"] is not None:
+    if drawn["roc"] is not None:
+        plots["ranking"] = drawing.ranking(drawn["roc"], drawn["pr"], drawn["base_rate"])
+    if drawn["halts"] is not None:
         plots["operating"] = drawing.operating(
-            curves["halts"], headline["false_halt_rate"].value, headline["recall"].value
+            drawn["halts"], headline["false_halt_rate"].value, headline["recall"].value
         )
-    shares = [row["share"] for row in curves["leaks"]]
+    shares = [row["share"] for row in drawn["leaks"]]
     if all(s.low is not None for s in shares):
         plots["leaks"] = drawing.leaks(
-            [row["hold_back"] for row in curves["leaks"]],
+            [row["hold_back"] for row in drawn["leaks"]],
             [(s.value, s.low, s.high) for s in shares],
             m.hold_back,
         )
-    if curves["reliability"]:
-        plots["reliability"] = drawing.reliability(curves["reliability"], m.thresholds.horizon)
-    if curves["timing"]:
-        plots["timing"] = drawing.timing(curves["timing"])
+    if drawn["reliability"]:
+        plots["reliability"] = drawing.reliability(drawn["reliability"], m.thresholds.horizon)
+    if drawn["timing"]:
+        plots["timing"] = drawing.timing(drawn["timing"])
     if chosen := gallery.curves(m):
         plots["curves"] = drawing.risk_curves(chosen, m.thresholds.halt_at)
     return plots
@@ -336,10 +205,6 @@ def _number(value: float, unit: str) -> str:
     return f"{value:.3f}" if unit == SCORE else f"{round(value, 1):g}"
 
 
-def _undefined(value: Any) -> bool:
-    return value is None or math.isnan(value)
-
-
 def _plain(value: Any) -> Any:
     """What JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -349,18 +214,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return value
-
-
-def _render(template: str, **values: Any) -> str:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise ImportError("reports need jinja2: pip install 'midstream[learn]'") from error
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)

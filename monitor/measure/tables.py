@@ -12,15 +12,9 @@ from numpy.typing import NDArray
 
 from midstream.measure import metrics, taxonomy
 from midstream.measure.bootstrap import Figure
-from midstream.measure.evaluation import (
-    Bools,
-    Measured,
-    log_hazard,
-    one_class,
-    ranking,
-    response_columns,
-)
+from midstream.measure.evaluation import one_class, ranking
 from midstream.measure.halting import NEVER
+from midstream.measure.measured import Bools, Measured, log_hazard, response_columns
 from midstream.measure.outcomes import MeasureError, Outcomes
 
 LENGTHS = (16, 32, 64, 128, 256)

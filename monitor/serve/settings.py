@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from midstream.chain import faults_by_key
+from midstream.validation import named_faults
 from midstream.yaml_text import read_mapping
 
 Count = Annotated[int, Field(ge=1)]
@@ -115,10 +115,8 @@ class Settings(BaseModel):
         for key in ("conversations", "sent_on"):
             if key in content:
                 raise SettingsError(f"{path}: {key}: follows from the engine, leave it out")
-        try:
+        with named_faults(str(path), SettingsError):
             return cls.model_validate(content)
-        except ValidationError as error:
-            raise SettingsError(f"{path}: {faults_by_key(error)}") from error
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

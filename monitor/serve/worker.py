@@ -27,6 +27,7 @@ from midstream.bundle import Bundle
 from midstream.engines.hf import load
 from midstream.engines.hf.batching import BatchingAttachment
 from midstream.engines.hf.checks import UnsupportedGenerationError, window
+from midstream.engines.hf.prompts import token_ids
 from midstream.engines.hf.requests import Item, Released, Request, Text
 from midstream.monitor import Monitor
 from midstream.policy import PolicyError
@@ -292,7 +293,7 @@ class Batching(BatchingAttachment):
         param = "prompt" if asked.messages is None else "messages"
         try:
             json.dumps(prompt, ensure_ascii=False).encode()  # as the tokenizer needs it
-            return self._ids(prompt)
+            return token_ids(self.model, self.tokenizer, prompt)
         except TemplateError as error:
             told = f"the model's chat template refuses these messages: {error}"
             raise ApiError(400, told[:500], code="invalid_messages", param=param) from error

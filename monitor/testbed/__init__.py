@@ -26,13 +26,13 @@ from .conversations import (
     sample_conversations,
     sample_user,
 )
+from .corpus import corpus_rows, write_corpus
 from .event_oracle import EventProcess, EventReading
 from .grammar import EOS_ID, STATES, VOCABULARY, describe
 from .language import (
     Dialogue,
     Labels,
     Prompt,
-    corpus_rows,
     horizon_labels,
     label,
     read_prompt,
@@ -41,7 +41,6 @@ from .language import (
     sample_prompt,
     text_of,
     violating_index,
-    write_corpus,
 )
 from .oracle import Oracle, Reading
 from .trace_oracle import TraceOracle

@@ -55,8 +55,6 @@ class BagOfWords:
         prompts: Sequence[Prompt],
         responses: Sequence[Sequence[int]],
         horizon: int,
-        *,
-        inverse_penalty: float = 0.1,
     ) -> BagOfWords:
         """Fit on every token of the given responses.
 
@@ -76,7 +74,7 @@ class BagOfWords:
                 known[first + 1 :] &= first < 0
             rows.append(bag_of_words(prompt, response)[known])
             targets.append(target[known])
-        model = LogisticRegression(C=inverse_penalty, max_iter=300)
+        model = LogisticRegression(C=0.1, max_iter=300)
         model.fit(np.concatenate(rows), np.concatenate(targets))
         return cls(np.asarray(model.coef_[0], dtype=np.float64), float(model.intercept_[0]))
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from midstream.bundle import Fingerprint
 from midstream.engines.hf.checks import (
@@ -27,6 +27,7 @@ from midstream.engines.hf.checks import (
     end_tokens,
     set_option,
 )
+from midstream.engines.hf.halting import HaltingProcessor
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
 from midstream.streams import StreamReport, released
@@ -36,36 +37,6 @@ _POSITIONAL = list(inspect.signature(GenerationMixin.generate).parameters)[1:-1]
 
 _HALT = int(Verdict.HALT)  # an enum member costs torch a conversion in every step
 _HALT_BYTE = bytes([_HALT])
-
-
-class HaltingProcessor(LogitsProcessor):
-    """Forces the end of sequence on halted rows; the other rows pass through untouched."""
-
-    supports_continuous_batching = False
-
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Judge the rows fed; return ``scores`` [B, vocabulary], those of halted rows replaced."""
-        self.attachment.step(input_ids)
-        if not self.attachment.may_have_halted():
-            return scores
-        return self.end(self.attachment.halted(), scores)
-
-    # generate asks for the signature in every step: 9 us, 3 where it is at hand.
-    __call__.__signature__ = inspect.signature(__call__)  # type: ignore[attr-defined]
-
-    def end(self, rows: Tensor, scores: Tensor) -> Tensor:
-        """Return ``scores`` with only the end of sequence possible where ``rows`` [B] is true."""
-        return only_end(rows, scores, self.attachment.end_token)
-
-
-def only_end(rows: Tensor, scores: Tensor, end_token: int) -> Tensor:
-    """Return ``scores`` with only the end of sequence possible where ``rows`` [B] is true."""
-    stop = torch.full_like(scores[0], -torch.inf)
-    stop[end_token] = 0.0
-    return torch.where(rows[:, None], stop, scores)
 
 
 class Attachment:

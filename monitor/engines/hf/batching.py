@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, Self
 
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -34,8 +33,8 @@ from midstream.engines.hf.checks import (
     window,
 )
 from midstream.engines.hf.packed import PackedStreams
+from midstream.engines.hf.prompts import Prompt, token_ids
 from midstream.engines.hf.requests import Item, Request, Response
-from midstream.engines.hf.streaming import Prompt, encode
 from midstream.monitor import Monitor, NoFreeSlotError
 from midstream.streams import Session
 from midstream.taps import attach_taps
@@ -220,7 +219,7 @@ class BatchingAttachment:
             For a tier that may not be asked for.
         """
         self._check_open()
-        ids = self._ids(prompt)
+        ids = token_ids(self.model, self.tokenizer, prompt)
         if request_id is not None and not isinstance(request_id, str):
             raise UnsupportedGenerationError(f"request_id: expected a str, got {request_id!r}")
         if len(ids) >= self._room:
@@ -386,28 +385,6 @@ class BatchingAttachment:
             request.fail(error or "unknown")
         else:
             request.end(report.finish_reason if report else reason, report)
-
-    def _ids(self, prompt: Prompt | Sequence[int]) -> list[int]:
-        if len(prompt) == 0:
-            raise UnsupportedGenerationError("the prompt is empty; give at least one token")
-        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-            try:
-                ids = [operator.index(cast(int, token)) for token in prompt]
-            except TypeError as error:
-                raise UnsupportedGenerationError(
-                    f"the prompt is neither a text, nor chat messages, nor token ids: {error}"
-                ) from error
-            size = self.model.config.get_text_config().vocab_size
-            if wrong := [token for token in ids if not 0 <= token < size]:
-                raise UnsupportedGenerationError(
-                    f"the prompt has ids {wrong[:5]}, expected 0 to {size - 1}"
-                )
-            return ids
-        if self.tokenizer is None:
-            raise UnsupportedGenerationError(
-                "a prompt that is no list of ids needs the tokenizer; pass it to attach_batching"
-            )
-        return encode(self.model, self.tokenizer, cast(Prompt, prompt))[0].tolist()
 
 
 def _refused(*args: Any, **kwargs: Any) -> NoReturn:

@@ -34,8 +34,8 @@ from midstream.bundle import Fingerprint
 from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatched
 from midstream.engines.hf.checks import window as window_of
 from midstream.engines.hf.growing_text import GrowingText, Piece, literal
+from midstream.engines.hf.prompts import Prompt
 from midstream.engines.hf.slot_cache import SHORTEST, SlotCache, check_cache
-from midstream.engines.hf.streaming import Prompt
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
 from midstream.streams import Event, Phase, Session

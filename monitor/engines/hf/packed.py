@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestState
 
-from midstream.engines.hf.attachment import only_end
 from midstream.engines.hf.checks import UnsupportedGenerationError
+from midstream.engines.hf.halting import only_end
 from midstream.engines.hf.requests import Request
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor

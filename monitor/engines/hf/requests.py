@@ -74,7 +74,15 @@ class Text:
 
     def rest(self) -> str:
         """Return what was waiting for the rest of a character, at the end."""
-        return str(self._backend.decode(self._tokens))[self._shown :]
+        return self.whole()[self._shown :]
+
+    def shown(self) -> str:
+        """Return what `add` has returned so far."""
+        return self.whole()[: self._shown]
+
+    def whole(self, more: Sequence[int] = ()) -> str:
+        """Return the text of all tokens so far and of ``more``."""
+        return str(self._backend.decode([*self._tokens, *more]))
 
 
 class Request:

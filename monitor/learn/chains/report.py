@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from midstream.chain import ChainError, faults_by_key
+from midstream.chain import ChainError
 from midstream.learn.chains.intervals import RiskIntervals
+from midstream.validation import named_faults
 
 SCHEMA_VERSION = 1
 
@@ -112,10 +113,8 @@ class FitReport(BaseModel):
     @classmethod
     def from_json(cls, text: str, source: str = "fit.json") -> FitReport:
         """Parse and validate; a ChainError names each key at fault."""
-        try:
+        with named_faults(source, ChainError):
             return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ChainError(f"{source}: {faults_by_key(error)}") from error
 
 
 def category_file(category: str) -> str:

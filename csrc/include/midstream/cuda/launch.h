@@ -61,7 +61,7 @@ constexpr NormTile norm_tile(std::int64_t rows, int most, int width, int size, s
 /// prefill has 32 rows at a time to load, smooth and write out.
 constexpr int advance_threads(std::int64_t rows) { return rows <= 256 ? 32 : 128; }
 
-/// Bytes of shared memory that a chunk of `chunk` rows takes; see advance_run.cuh.
+/// Bytes of shared memory that a chunk of `chunk` rows takes; see run_memory.cuh.
 constexpr std::int64_t advance_bytes(const Sizes& sizes, int chunk) {
   const std::int64_t fixed = 7 * sizes.probes + 2 * sizes.states + 10;
   return 4 * (fixed + chunk * (2 * sizes.probes + sizes.states + 8));
