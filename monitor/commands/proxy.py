@@ -74,6 +74,7 @@ def proxy(
     from midstream.serve.proxy import SENT_ON, ProxyEngine
     from midstream.serve.run import run
     from midstream.serve.upstream import Patience, Upstream
+    from midstream.serve.watchdog import Silence
 
     limits = read_settings(settings).model_copy(update={"sent_on": SENT_ON})
     keys = Keys() if api_keys is None else Keys.load(api_keys)
@@ -94,6 +95,7 @@ def proxy(
         bundle=bundle,
         tier=tier,
         slots=slots,
+        silence=Silence(limits.load_seconds, limits.hang_seconds),
     )
     watch = Watch(
         page=page,

@@ -94,6 +94,7 @@ def serve(
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
+    from midstream.serve.watchdog import Silence
 
     limits = read_settings(settings)
     keys = Keys() if api_keys is None else Keys.load(api_keys)
@@ -108,6 +109,7 @@ def serve(
         tier=tier,
         slots=slots,
         max_waiting=max_waiting,
+        silence=Silence(limits.load_seconds, limits.hang_seconds),
     )
     watch = Watch(
         page=page,

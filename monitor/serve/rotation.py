@@ -14,6 +14,7 @@ from midstream.bundle import Bundle, BundleError
 from midstream.serve.feed import EngineStats, Feed
 from midstream.serve.messages import Plan
 from midstream.serve.serving import Judged, Main, Serving
+from midstream.serve.watchdog import USUAL, Silence, hung
 from midstream.serve.workers import WorkerError
 
 _log = logging.getLogger(__name__)
@@ -42,15 +43,23 @@ class Rotation:
         Fields of `Plan`, but for the bundle.
     main : callable
         What runs in the worker.
+    silence : Silence
+        How long nothing may come from a worker; then it is killed.
     """
 
     _serve: type[Serving] = Serving
 
     def __init__(
-        self, feed: Feed, folder: str | Path | None, plan: dict[str, Any], main: Main
+        self,
+        feed: Feed,
+        folder: str | Path | None,
+        plan: dict[str, Any],
+        main: Main,
+        silence: Silence = USUAL,
     ) -> None:
         self.feed = feed
         self._folder, self._plan, self._main = folder, plan, main
+        self._silence = silence
         self._slots = int(plan["slots"])
         self._serving: Serving | None = None
         self._draining: set[Serving] = set()
@@ -158,6 +167,7 @@ class Rotation:
         plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
         serving = self._serve(plan, self._main, self.feed, self._judged, self._lost)
         self._starting = asyncio.get_running_loop().create_task(serving.start())
+        self._spawn(self._watch(serving))
         try:
             await self._starting
         except asyncio.CancelledError:
@@ -174,6 +184,15 @@ class Rotation:
         if not self._closing:
             self._unready = self._retry_after = None
         return serving
+
+    async def _watch(self, serving: Serving) -> None:
+        """Kill a worker that hangs; what is to be done then is that of any killed one."""
+        if (why := await hung(serving, self._silence)) is None:
+            return
+        pid = serving.worker.pid
+        _log.error("the model's process %d hangs, and is killed: %s", pid, why)
+        self.feed.notice("worker_hung", {"pid": pid, "reason": why})
+        serving.worker.kill("hung")
 
     def _drain(self, serving: Serving) -> None:
         if serving.ending:  # it died while the other one was started
@@ -204,7 +223,8 @@ class Rotation:
         wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
         self._failures += 1
         self._unready, self._retry_after = f"{ending}; another is started", wait
-        _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
+        why = "" if failure is None else f": {failure}"
+        _log.error("%s; another is started in %g s%s", ending, wait, why)
         facts = {"ending": ending, "failure": failure, "restart_after": wait}
         self.feed.notice("worker_lost", facts)
         return wait

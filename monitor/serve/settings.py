@@ -76,6 +76,10 @@ class Settings(BaseModel):
         Within which it must have ended.
     slow_reader_seconds : float
         How long a client may leave its socket full before it is cut.
+    load_seconds : float
+        Within which the model's process must serve.
+    hang_seconds : float
+        How long nothing may come from it while it has streams; longer than its longest step.
     annotations : bool
         Whether responses carry Azure's annotations when the request does not say.
     conversations : bool
@@ -99,6 +103,8 @@ class Settings(BaseModel):
     start_seconds: Seconds = 60.0
     request_seconds: Seconds = 600.0
     slow_reader_seconds: Seconds = 20.0
+    load_seconds: Seconds = 1800.0
+    hang_seconds: Seconds = 120.0
     annotations: bool = False
     conversations: bool = False
     sent_on: frozenset[str] = frozenset()
