@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from midstream.serve.channel import Channel
@@ -41,9 +44,18 @@ def _serve(channel: Channel, plan: Any, *, pongs: bool) -> None:
             case Look(stream):
                 channel.send(Step(time.monotonic(), 1, 0.001, plan.slots, []))
             case Cancel(stream):
-                end = Event(
-                    type="finished", stream=stream, bundle=bundle.hash, message="cancelled"
-                )
+                end = Event(type="finished", stream=stream, bundle=bundle.hash, message="cancelled")
                 channel.send(Step(time.monotonic(), 0, None, plan.slots, [end]))
             case Ping() if pongs:
                 channel.send(Pong())
+
+
+def hung_up(channel: Channel, plan: Any) -> None:
+    """Serves, when a SIGHUP has reached it, too."""
+    from midstream.serve import worker
+
+    def build(channel: Channel, plan: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return nullcontext()
+
+    worker.run(channel, plan, build, lambda channel, serving: obeying(channel, plan))

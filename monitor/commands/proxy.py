@@ -26,6 +26,7 @@ from midstream.commands.serve import (
 
 
 def proxy(
+    context: typer.Context,
     upstream: Annotated[
         str, typer.Option(help="Address of the API up to and with /v1.", show_default=False)
     ],
@@ -68,6 +69,9 @@ def proxy(
     """
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    from midstream.serve.reloads import Reloads
+
+    reloads = context.with_resource(Reloads())  # what follows takes seconds
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.feed import Feed
     from midstream.serve.keys import Keys, read_private
@@ -105,12 +109,6 @@ def proxy(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
+    reloads.use(lambda: engine.reload(bundle), engine)
     app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
-    run(
-        app,
-        host=host,
-        port=port,
-        drain=drain,
-        start=engine.start,
-        reload=lambda: engine.reload(bundle),
-    )
+    run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)

@@ -62,6 +62,7 @@ Otel = Annotated[
 
 
 def serve(
+    context: typer.Context,
     model: Model = None,
     bundle: BundleOption = None,
     name: Name = None,
@@ -89,6 +90,9 @@ def serve(
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
     if ledger is not None and bundle is None:
         raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
+    from midstream.serve.reloads import Reloads
+
+    reloads = context.with_resource(Reloads())  # what follows takes seconds
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.gated import GatedEngine, HeldFeed
     from midstream.serve.keys import Keys
@@ -127,8 +131,9 @@ def serve(
             gated = GatedEngine(engine, feed, load_bundle(bundle), store)
             served, reload = gated, partial(gated.reload, bundle)
             limits = limits.model_copy(update={"conversations": True})
+        reloads.use(reload, engine)
         app = assemble(served, feed, settings=limits, keys=keys, watch=watch)
-        run(app, host=host, port=port, drain=drain, start=engine.start, reload=reload)
+        run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)
 
 
 def _open(ledger: str) -> Ledger:

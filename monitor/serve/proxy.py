@@ -160,6 +160,11 @@ class ProxyEngine:
         """What new streams are judged by; None before it was started."""
         return self._readers.bundle
 
+    @property
+    def busy(self) -> str | None:
+        """Why another bundle cannot be taken now."""
+        return self._readers.busy
+
     async def reload(self, folder: str | Path | None) -> str:
         """Judge streams from now on by another bundle; see `LocalEngine.reload`."""
         return await self._readers.reload(folder)

@@ -70,9 +70,9 @@ def run(
     answer: Callable[[Channel, T], None],
 ) -> None:
     """Build what answers, and let it; send ``Failed`` where it cannot be built."""
-    # A Ctrl-C reaches every process of the terminal: the server says when this one ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A Ctrl-C, and the terminal's end, reach all its processes: the server says when this ends.
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)
     with ExitStack() as stack:
         try:
             serving = stack.enter_context(build(channel, plan))
