@@ -110,5 +110,5 @@ def proxy(
         otel=otel,
     )
     reloads.use(lambda: engine.reload(bundle), engine)
-    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
+    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch, host=host)
     run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)

@@ -132,7 +132,7 @@ def serve(
             served, reload = gated, partial(gated.reload, bundle)
             limits = limits.model_copy(update={"conversations": True})
         reloads.use(reload, engine)
-        app = assemble(served, feed, settings=limits, keys=keys, watch=watch)
+        app = assemble(served, feed, settings=limits, keys=keys, watch=watch, host=host)
         run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)
 
 

@@ -151,7 +151,7 @@ class Rotation:
         if self._closing:
             return
         self._closing, self._unready = True, "the server is shutting down"
-        # No stream is to wait for a model that is being loaded; a second time it would not clean up.
+        # No stream is to wait for a model that is being loaded; told twice, it would not clean up.
         if self._starting is not None and not self._starting.cancelling():
             self._starting.cancel()
         async with self._changing:

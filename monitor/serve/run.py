@@ -15,12 +15,11 @@ from fastapi import FastAPI
 
 from midstream.serve.app import Front
 from midstream.serve.garbage import freeze
+from midstream.serve.hosts import is_loopback
 from midstream.serve.protocol import guarded
 from midstream.serve.reloads import Reloads
 
 _log = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 GRACE = 5.0
 """Seconds beyond those for draining: for the engine to cut, and for clients to be told."""
@@ -207,7 +206,7 @@ def run(
     allow_sockets(app.state.front.settings.max_connections)
     sock = listen(host, port)
     server = Server(app, drain=drain, start=start, reloads=reloads)
-    if app.state.front.keys.open and host not in _LOOPBACK:
+    if app.state.front.keys.open and not is_loopback(host):
         _log.warning("no API keys: whoever reaches %s may use, and see, everything", host)
     at = f"[{host}]" if ":" in host else host
     _log.info("listening on http://%s:%d", at, sock.getsockname()[1])

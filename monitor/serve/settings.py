@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from midstream.chain import faults_by_key
 from midstream.yaml_text import read_mapping
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+HostName = Annotated[str, StringConstraints(to_lower=True, pattern=r"^[A-Za-z0-9._-]+$")]
 
 ANSWERED_HERE = frozenset(
     (
@@ -82,6 +90,9 @@ class Settings(BaseModel):
         How long nothing may come from it while it has streams; longer than its longest step.
     annotations : bool
         Whether responses carry Azure's annotations when the request does not say.
+    allowed_hosts : frozenset of str
+        Names, besides addresses and localhost, under which a server without keys may be reached:
+        its live page, and where it listens on loopback all of it.
     conversations : bool
         Whether the engine gates turns, so that requests may name their conversation.
     sent_on : frozenset of str
@@ -106,6 +117,7 @@ class Settings(BaseModel):
     load_seconds: Seconds = 1800.0
     hang_seconds: Seconds = 120.0
     annotations: bool = False
+    allowed_hosts: frozenset[HostName] = frozenset()
     conversations: bool = False
     sent_on: frozenset[str] = frozenset()
 
