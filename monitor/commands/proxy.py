@@ -27,6 +27,7 @@ from midstream.commands.serve import (
 
 
 def proxy(
+    context: typer.Context,
     upstream: Annotated[
         str, typer.Option(help="Address of the API up to and with /v1.", show_default=False)
     ],
@@ -70,12 +71,16 @@ def proxy(
     if model is not None and bundle is None:
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
     need_libraries()
+    from midstream.serve.reloads import Reloads
+
+    reloads = context.with_resource(Reloads())  # what follows takes seconds
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.feed import Feed
     from midstream.serve.keys import Keys, read_private
     from midstream.serve.proxy import SENT_ON, ProxyEngine
     from midstream.serve.run import run
     from midstream.serve.upstream import Patience, Upstream
+    from midstream.serve.watchdog import Silence
 
     limits = read_settings(settings).model_copy(update={"sent_on": SENT_ON})
     keys = Keys() if api_keys is None else Keys.load(api_keys)
@@ -96,6 +101,7 @@ def proxy(
         bundle=bundle,
         tier=tier,
         slots=slots,
+        silence=Silence(limits.load_seconds, limits.hang_seconds),
     )
     watch = Watch(
         page=page,
@@ -105,12 +111,6 @@ def proxy(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
-    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
-    run(
-        app,
-        host=host,
-        port=port,
-        drain=drain,
-        start=engine.start,
-        reload=lambda: engine.reload(bundle),
-    )
+    reloads.use(lambda: engine.reload(bundle), engine)
+    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch, host=host)
+    run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)

@@ -63,6 +63,7 @@ Otel = Annotated[
 
 
 def serve(
+    context: typer.Context,
     model: Model = None,
     bundle: BundleOption = None,
     name: Name = None,
@@ -91,11 +92,15 @@ def serve(
     if ledger is not None and bundle is None:
         raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
     need_libraries()
+    from midstream.serve.reloads import Reloads
+
+    reloads = context.with_resource(Reloads())  # what follows takes seconds
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.gated import GatedEngine, HeldFeed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
+    from midstream.serve.watchdog import Silence
 
     limits = read_settings(settings)
     keys = Keys() if api_keys is None else Keys.load(api_keys)
@@ -110,6 +115,7 @@ def serve(
         tier=tier,
         slots=slots,
         max_waiting=max_waiting,
+        silence=Silence(limits.load_seconds, limits.hang_seconds),
     )
     watch = Watch(
         page=page,
@@ -127,8 +133,9 @@ def serve(
             gated = GatedEngine(engine, feed, load_bundle(bundle), store)
             served, reload = gated, partial(gated.reload, bundle)
             limits = limits.model_copy(update={"conversations": True})
-        app = assemble(served, feed, settings=limits, keys=keys, watch=watch)
-        run(app, host=host, port=port, drain=drain, start=engine.start, reload=reload)
+        reloads.use(reload, engine)
+        app = assemble(served, feed, settings=limits, keys=keys, watch=watch, host=host)
+        run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)
 
 
 def _open(ledger: str) -> Ledger:

@@ -23,6 +23,7 @@ from midstream.serve.bodies import read_body
 from midstream.serve.engine import Ask, Engine, Stream
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
+from midstream.serve.hosts import HostCheck, is_loopback
 from midstream.serve.keys import Keys
 from midstream.serve.relay import ClientGoneError, Piece, Relay
 from midstream.serve.requests import ChatRequest, CompletionRequest, parse, read_json
@@ -42,6 +43,7 @@ def create_app(
     settings: Settings | None = None,
     routers: Sequence[APIRouter] = (),
     keys: Keys | None = None,
+    host: str = "",
 ) -> FastAPI:
     """Build the application.
 
@@ -55,6 +57,9 @@ def create_app(
         Further routes: page, metrics, reload.
     keys : Keys, optional
         Everything is open without.
+    host : str
+        Address that is listened on. On loopback, and without keys, only requests are served that
+        name an address, localhost, or a host that the settings allow.
 
     Returns
     -------
@@ -73,6 +78,9 @@ def create_app(
     app.add_exception_handler(RequestValidationError, front.refused)
     app.add_exception_handler(ClientGoneError, front.gone)
     app.add_exception_handler(Exception, front.failed)
+    if front.keys.open and is_loopback(host):
+        allowed = front.settings.allowed_hosts
+        app.add_middleware(HostCheck, allowed=allowed, refuse=front.refused)
     app.add_middleware(AccessLog)
     openapi.describe(app, engine.models, front.settings)
     return app

@@ -62,7 +62,13 @@ class Watch:
 
 
 def assemble(
-    engine: LocallyJudged, feed: Feed, *, settings: Settings, keys: Keys, watch: Watch
+    engine: LocallyJudged,
+    feed: Feed,
+    *,
+    settings: Settings,
+    keys: Keys,
+    watch: Watch,
+    host: str = "",
 ) -> FastAPI:
     """Build the application around an engine that was not started yet.
 
@@ -72,6 +78,8 @@ def assemble(
     feed : Feed
         What the engine tells; those who look on are added.
     settings, keys, watch
+    host : str
+        Address that is listened on; see `create_app`.
 
     Raises
     ------
@@ -90,7 +98,8 @@ def assemble(
 
         live = Live(bundle_of, text=watch.page == "text", look_closely=engine.look_closely)
         feed.add(live)
-        routers.append(live_router(live, None if keys.open else keys.is_operator))
+        operator = None if keys.open else keys.is_operator
+        routers.append(live_router(live, operator, settings.allowed_hosts))
     if watch.otel is not None:
         from midstream.serve.tracing import Tracing
 
@@ -108,4 +117,4 @@ def assemble(
         )
         feed.add(log)
         served = AuditedEngine(engine, log)
-    return create_app(served, feed, settings, routers=routers, keys=keys)
+    return create_app(served, feed, settings, routers=routers, keys=keys, host=host)

@@ -30,7 +30,9 @@ from midstream.serve.messages import (
     Cancel,
     Left,
     Look,
+    Ping,
     Plan,
+    Pong,
     Ready,
     Refused,
     Step,
@@ -120,6 +122,8 @@ class Reading(ForcedStreams):
         """Do what a message asks for; what it asks of a stream that has ended is nothing."""
         if isinstance(message, Submit):
             self._submit(message)
+        elif isinstance(message, Ping):
+            self._channel.send(Pong())
         elif stream := self.find(message.stream):
             match message:
                 case Written(_, text):

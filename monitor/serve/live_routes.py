@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.resources import files
 from pathlib import PurePath
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from midstream.serve.errors import ApiError
+from midstream.serve.hosts import is_trusted
 from midstream.serve.live import Live, TooManyViewersError
 from midstream.serve.live_viewers import Viewer
 from midstream.serve.operator_session import SECONDS, OperatorSessions
@@ -42,7 +41,11 @@ HEADERS = {
 }
 
 
-def live_router(live: Live, operator: Callable[[str], bool] | None = None) -> APIRouter:
+def live_router(
+    live: Live,
+    operator: Callable[[str], bool] | None = None,
+    allowed_hosts: Collection[str] = (),
+) -> APIRouter:
     """Routes of the page.
 
     Parameters
@@ -50,8 +53,10 @@ def live_router(live: Live, operator: Callable[[str], bool] | None = None) -> AP
     live : Live
     operator : callable, optional
         Whether a key is the operator's, compared in constant time. Without it everybody who
-        reaches the server by an address, or as localhost, may look: by a name they may not, or any
-        site that a browser visits could have its own name lead here and read along.
+        reaches the server by an address, as localhost, or by an allowed name may look; why not by
+        any name: `midstream.serve.hosts`.
+    allowed_hosts : collection of str
+        Names, in lower case.
     """
     router = APIRouter(include_in_schema=False)
     sessions = OperatorSessions()
@@ -64,7 +69,8 @@ def live_router(live: Live, operator: Callable[[str], bool] | None = None) -> AP
     def refused(request: Request) -> ApiError | None:
         """Why this request may not see the streams."""
         if operator is None:
-            return None if _is_address(request.headers.get("host", "")) else _BY_NAME
+            host = request.headers.get("host", "")
+            return None if is_trusted(host, allowed_hosts) else _BY_NAME
         return None if sessions.is_open(request.cookies.get(COOKIE)) else _NO_KEY
 
     def asset(name: str, request: Request) -> Response:
@@ -102,7 +108,7 @@ def live_router(live: Live, operator: Callable[[str], bool] | None = None) -> AP
             sessions.begin(),
             max_age=int(SECONDS),
             path="/live",
-            secure=request.url.scheme == "https",
+            secure="https" in (request.url.scheme, _origin_scheme(request)),
             httponly=True,
             samesite="strict",
         )
@@ -177,13 +183,9 @@ def _refuse(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
-def _is_address(host: str) -> bool:
-    """Whether a Host header names localhost or an IP address, with or without a port."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
+def _origin_scheme(request: Request) -> str:
+    """What the browser sees, also where something in front of the server speaks TLS for it."""
+    return request.headers.get("origin", "").partition(":")[0]
 
 
 _NO_KEY = ApiError(401, "the page asks for the operator's key", code="operator_key_required")
@@ -191,6 +193,6 @@ _WRONG_KEY = ApiError(401, "this is not the operator's key", code="invalid_opera
 _BY_NAME = ApiError(
     403,
     "without an operator's key the page is shown only to those who reach the server by its IP "
-    "address or as localhost; configure a key to reach it by name",
+    "address or as localhost; configure a key, or allowed_hosts, to reach it by name",
     code="operator_key_needed_by_name",
 )

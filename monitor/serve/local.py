@@ -12,6 +12,7 @@ from midstream.serve.feed import Feed
 from midstream.serve.messages import Look, Plan
 from midstream.serve.rotation import ReloadError, Rotation
 from midstream.serve.serving import LocalStream, Main, unavailable
+from midstream.serve.watchdog import USUAL, Silence
 
 __all__ = ["LocalEngine", "ReloadError", "serve_model"]
 
@@ -53,6 +54,8 @@ class LocalEngine(Rotation):
         See `midstream.serve.messages.Plan`.
     main : callable
         What runs in the worker.
+    silence : Silence
+        How long nothing may come from the worker; then it is killed, and another started.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class LocalEngine(Rotation):
         device: str = "cpu",
         threads: int | None = None,
         main: Main = serve_model,
+        silence: Silence = USUAL,
     ) -> None:
         if model is not None and bundle is None:
             raise ValueError("a model needs the bundle that was made for it: give one")
@@ -82,7 +86,7 @@ class LocalEngine(Rotation):
             "device": device,
             "threads": threads,
         }
-        super().__init__(feed, bundle, plan, main)
+        super().__init__(feed, bundle, plan, main, silence)
         self._names = names or (("testbed",) if model is None else (Path(model).resolve().name,))
         self._max_waiting = max_waiting
 

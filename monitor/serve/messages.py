@@ -72,6 +72,13 @@ class Look(NamedTuple):
     on: bool
 
 
+class Ping(NamedTuple):
+    """Say something, from where the model runs, if nothing else is to be told.
+
+    The worker that writes lets it be: while it has streams, a step follows the other.
+    """
+
+
 # -- from the worker ------------------------------------------------------------------------------
 
 
@@ -105,6 +112,10 @@ class Refused(NamedTuple):
     message: str
     code: str
     param: str | None
+
+
+class Pong(NamedTuple):
+    """Answers a ``Ping``."""
 
 
 class Left(NamedTuple):

@@ -24,6 +24,7 @@ from midstream.serve.local import LocalEngine
 from midstream.serve.messages import Cancel, Plan
 from midstream.serve.serving import LocalStream, Main, Serving
 from midstream.serve.upstream import Upstream, UpstreamError
+from midstream.serve.watchdog import USUAL, Silence
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class ProxyEngine:
         See `midstream.serve.messages.Plan`.
     main : callable
         What runs in the worker.
+    silence : Silence
+        See `LocalEngine`.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class ProxyEngine:
         device: str = "cpu",
         threads: int | None = None,
         main: Main = read_along,
+        silence: Silence = USUAL,
     ) -> None:
         self._upstream = upstream
         self._upstream_model = upstream_model or name
@@ -134,6 +138,7 @@ class ProxyEngine:
             device=device,
             threads=threads,
             main=main,
+            silence=silence,
         )
 
     @property
@@ -154,6 +159,11 @@ class ProxyEngine:
     def bundle(self) -> Bundle | None:
         """What new streams are judged by; None before it was started."""
         return self._readers.bundle
+
+    @property
+    def busy(self) -> str | None:
+        """Why another bundle cannot be taken now."""
+        return self._readers.busy
 
     async def reload(self, folder: str | Path | None) -> str:
         """Judge streams from now on by another bundle; see `LocalEngine.reload`."""

@@ -13,7 +13,9 @@ from typing import Any
 from midstream.bundle import Bundle, BundleError
 from midstream.serve.feed import EngineStats, Feed
 from midstream.serve.messages import Plan
+from midstream.serve.reloads import BusyError, ReloadError
 from midstream.serve.serving import Judged, Main, Serving
+from midstream.serve.watchdog import USUAL, Silence, hung
 from midstream.serve.workers import WorkerError
 
 _log = logging.getLogger(__name__)
@@ -23,10 +25,6 @@ BACK_OFF = 0.5  # seconds before the first restart; doubled with each that fails
 LONGEST_BACK_OFF = 30.0
 STEADY = 60.0  # seconds after which a worker's end has nothing to do with the one before
 CUT = 2.0  # seconds for streams that are cut to say so
-
-
-class ReloadError(ValueError):
-    """A bundle that was not taken; the one before is in force."""
 
 
 class Rotation:
@@ -42,15 +40,23 @@ class Rotation:
         Fields of `Plan`, but for the bundle.
     main : callable
         What runs in the worker.
+    silence : Silence
+        How long nothing may come from a worker; then it is killed.
     """
 
     _serve: type[Serving] = Serving
 
     def __init__(
-        self, feed: Feed, folder: str | Path | None, plan: dict[str, Any], main: Main
+        self,
+        feed: Feed,
+        folder: str | Path | None,
+        plan: dict[str, Any],
+        main: Main,
+        silence: Silence = USUAL,
     ) -> None:
         self.feed = feed
         self._folder, self._plan, self._main = folder, plan, main
+        self._silence = silence
         self._slots = int(plan["slots"])
         self._serving: Serving | None = None
         self._draining: set[Serving] = set()
@@ -74,6 +80,15 @@ class Rotation:
     def bundle(self) -> Bundle | None:
         """What new streams are judged by; None before it was started."""
         return self._bundle
+
+    @property
+    def busy(self) -> str | None:
+        """Why another bundle cannot be taken now; None when it can, or never will be."""
+        if self._closing:
+            return None
+        if self._bundle is None or self._changing.locked():
+            return "the model is being loaded"
+        return "streams of the last reload are still running" if self._draining else None
 
     async def start(self) -> None:
         """Load the bundle, start the worker and wait until it serves.
@@ -111,9 +126,9 @@ class Rotation:
             if self._closing:
                 raise ReloadError("the server is shutting down")
             if self._changing.locked():
-                raise ReloadError("another reload or a restart is under way; try again later")
+                raise BusyError("another reload or a restart is under way; try again later")
             if self._draining:
-                raise ReloadError("streams of the last reload are still running; try again later")
+                raise BusyError("streams of the last reload are still running; try again later")
             async with self._changing:
                 bundle = await asyncio.to_thread(_load, folder)
                 old = self._serving
@@ -123,6 +138,8 @@ class Rotation:
         except (ReloadError, BundleError, WorkerError, OSError) as error:
             _log.error("the bundle was not reloaded: %s", error)
             self.feed.notice("reload_refused", {"bundle": before, "reason": str(error)})
+            if isinstance(error, ReloadError):
+                raise
             raise ReloadError(str(error)) from error
         _log.info("reloaded: bundle %s, after %s", bundle.hash, before)
         facts = {"bundle": bundle.hash, "before": before, "pid": serving.worker.pid}
@@ -134,16 +151,24 @@ class Rotation:
         if self._closing:
             return
         self._closing, self._unready = True, "the server is shutting down"
-        if self._starting is not None:  # no stream is to wait for a model that is being loaded
+        # No stream is to wait for a model that is being loaded; told twice, it would not clean up.
+        if self._starting is not None and not self._starting.cancelling():
             self._starting.cancel()
         async with self._changing:
             live = self._live
-        if not await _all_idle(live, drain):
-            for serving in live:
-                for stream in list(serving.streams.values()):
-                    stream.cancel()
-            await _all_idle(live, CUT)
-        await asyncio.gather(*(serving.worker.stop() for serving in live))
+        try:
+            if not await _all_idle(live, drain):
+                for serving in live:
+                    for stream in list(serving.streams.values()):
+                        stream.cancel()
+                if not await _all_idle(live, CUT):  # to hang up and wait would only take longer
+                    for serving in live:
+                        serving.worker.kill("did not end its streams in time")
+            await asyncio.gather(*(serving.worker.stop() for serving in live))
+        except asyncio.CancelledError:
+            for serving in live:  # or the exit of this process would wait for theirs
+                serving.worker.kill("was not waited for")
+            raise
         tasks = [*self._tasks, *([self._stats] if self._stats else [])]
         for task in tasks:
             task.cancel()
@@ -155,9 +180,12 @@ class Rotation:
 
     async def _install(self, bundle: Bundle) -> Serving:
         """Start a worker with the bundle and send new requests there; the lock is held."""
+        if self._closing:  # while the bundle was read
+            raise WorkerError("the server is shutting down")
         plan = Plan(bundle=pickle.dumps(bundle), **self._plan)
         serving = self._serve(plan, self._main, self.feed, self._judged, self._lost)
         self._starting = asyncio.get_running_loop().create_task(serving.start())
+        self._spawn(self._watch(serving))
         try:
             await self._starting
         except asyncio.CancelledError:
@@ -174,6 +202,15 @@ class Rotation:
         if not self._closing:
             self._unready = self._retry_after = None
         return serving
+
+    async def _watch(self, serving: Serving) -> None:
+        """Kill a worker that hangs; what is to be done then is that of any killed one."""
+        if (why := await hung(serving, self._silence)) is None:
+            return
+        pid = serving.worker.pid
+        _log.error("the model's process %d hangs, and is killed: %s", pid, why)
+        self.feed.notice("worker_hung", {"pid": pid, "reason": why})
+        serving.worker.kill("hung")
 
     def _drain(self, serving: Serving) -> None:
         if serving.ending:  # it died while the other one was started
@@ -204,7 +241,8 @@ class Rotation:
         wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
         self._failures += 1
         self._unready, self._retry_after = f"{ending}; another is started", wait
-        _log.error("%s; another is started in %g s: %s", ending, wait, failure or "no reason")
+        why = "" if failure is None else f": {failure}"
+        _log.error("%s; another is started in %g s%s", ending, wait, why)
         facts = {"ending": ending, "failure": failure, "restart_after": wait}
         self.feed.notice("worker_lost", facts)
         return wait

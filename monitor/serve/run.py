@@ -6,10 +6,8 @@ import asyncio
 import logging
 import os
 import resource
-import signal
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -17,12 +15,11 @@ from fastapi import FastAPI
 
 from midstream.serve.app import Front
 from midstream.serve.garbage import freeze
-from midstream.serve.local import ReloadError
+from midstream.serve.hosts import is_loopback
 from midstream.serve.protocol import guarded
+from midstream.serve.reloads import Reloads
 
 _log = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 GRACE = 5.0
 """Seconds beyond those for draining: for the engine to cut, and for clients to be told."""
@@ -48,8 +45,8 @@ class Server(uvicorn.Server):
         Seconds that streams have to end.
     start : callable, optional
         Brings the engine up, while ``/health`` already answers; if it fails the server ends.
-    reload : callable, optional
-        Called at SIGHUP; a `ReloadError` was told to whom it concerns.
+    reloads : Reloads, optional
+        What becomes of a SIGHUP.
     """
 
     def __init__(
@@ -58,7 +55,7 @@ class Server(uvicorn.Server):
         *,
         drain: float,
         start: Callable[[], Awaitable[None]] | None = None,
-        reload: Callable[[], Awaitable[object]] | None = None,
+        reloads: Reloads | None = None,
     ) -> None:
         self._front: Front = app.state.front
         super().__init__(
@@ -75,8 +72,8 @@ class Server(uvicorn.Server):
         )
         self._drain = drain
         self._bring_up = start
-        self._reload = reload
-        self._reloading: set[asyncio.Task[None]] = set()
+        self._reloads = reloads
+        self._leaving = False
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self.failure: BaseException | None = None
@@ -84,17 +81,20 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and bring the engine up."""
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        if self._reload is not None:
-            self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload, self._reload)
+        await super().startup(sockets)
+        if self._leaving:
+            self.drain()
+            return
         if self._bring_up is not None:
             self._starting = self._loop.create_task(self._start(self._bring_up))
+        if self._reloads is not None:
+            self._reloads.begin()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; cut what is left at the second."""
         if not self.started:
-            super().handle_exit(sig, frame)
+            self._leaving = True
         elif self._ending is None:
             self._loop.call_soon_threadsafe(self.drain)
         else:
@@ -115,15 +115,6 @@ class Server(uvicorn.Server):
         """Begin to end; called in the event loop."""
         if self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(self._end())
-
-    def _begin_reload(self, reload: Callable[[], Awaitable[object]]) -> None:
-        async def run() -> None:
-            with suppress(ReloadError):  # logged, and told to the feed
-                await reload()
-
-        task = self._loop.create_task(run())
-        self._reloading.add(task)
-        task.add_done_callback(self._reloading.discard)
 
     async def _start(self, bring_up: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -194,7 +185,7 @@ def run(
     port: int,
     drain: float,
     start: Callable[[], Awaitable[None]] | None = None,
-    reload: Callable[[], Awaitable[object]] | None = None,
+    reloads: Reloads | None = None,
 ) -> None:
     """Listen, and serve until a signal.
 
@@ -203,7 +194,7 @@ def run(
     app : FastAPI
     host, port
         Where to listen; port 0 takes a free one.
-    drain, start, reload
+    drain, start, reloads
         See `Server`.
 
     Raises
@@ -214,8 +205,8 @@ def run(
     """
     allow_sockets(app.state.front.settings.max_connections)
     sock = listen(host, port)
-    server = Server(app, drain=drain, start=start, reload=reload)
-    if app.state.front.keys.open and host not in _LOOPBACK:
+    server = Server(app, drain=drain, start=start, reloads=reloads)
+    if app.state.front.keys.open and not is_loopback(host):
         _log.warning("no API keys: whoever reaches %s may use, and see, everything", host)
     at = f"[{host}]" if ":" in host else host
     _log.info("listening on http://%s:%d", at, sock.getsockname()[1])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from midstream.validation import named_faults
 from midstream.yaml_text import read_mapping
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+HostName = Annotated[str, StringConstraints(to_lower=True, pattern=r"^[A-Za-z0-9._-]+$")]
 
 ANSWERED_HERE = frozenset(
     (
@@ -76,8 +77,15 @@ class Settings(BaseModel):
         Within which it must have ended.
     slow_reader_seconds : float
         How long a client may leave its socket full before it is cut.
+    load_seconds : float
+        Within which the model's process must serve.
+    hang_seconds : float
+        How long nothing may come from it while it has streams; longer than its longest step.
     annotations : bool
         Whether responses carry Azure's annotations when the request does not say.
+    allowed_hosts : frozenset of str
+        Names, besides addresses and localhost, under which a server without keys may be reached:
+        its live page, and where it listens on loopback all of it.
     conversations : bool
         Whether the engine gates turns, so that requests may name their conversation.
     sent_on : frozenset of str
@@ -99,7 +107,10 @@ class Settings(BaseModel):
     start_seconds: Seconds = 60.0
     request_seconds: Seconds = 600.0
     slow_reader_seconds: Seconds = 20.0
+    load_seconds: Seconds = 1800.0
+    hang_seconds: Seconds = 120.0
     annotations: bool = False
+    allowed_hosts: frozenset[HostName] = frozenset()
     conversations: bool = False
     sent_on: frozenset[str] = frozenset()
 

@@ -74,9 +74,9 @@ def run(
     # The server only ever works for a moment, and all clients wait for it: where cores are few, it
     # is not to wait for the end of this process's turn, 10 ms and more, to take a step's tokens.
     os.nice(_NICE)
-    # A Ctrl-C reaches every process of the terminal: the server says when this one ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A Ctrl-C, and the terminal's end, reach all its processes: the server says when this ends.
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)
     with ExitStack() as stack:
         try:
             serving = stack.enter_context(build(channel, plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,12 +14,24 @@ from typing import Any
 
 from midstream.serve.channel import Channel, ChannelProtocol
 
+_log = logging.getLogger(__name__)
 _SPAWN = multiprocessing.get_context("spawn")
 _PATIENCE = 2.0  # seconds in which a process that was hung up on ends by itself
 
 
 class WorkerError(RuntimeError):
     """A worker that could not start; says why."""
+
+
+class _Heard(ChannelProtocol):
+    """Counts what came, whatever it says."""
+
+    heard = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Of asyncio."""
+        self.heard += 1
+        super().data_received(data)
 
 
 class Worker:
@@ -46,9 +59,11 @@ class Worker:
     ) -> None:
         self._main, self._plan = main, plan
         self._ended = ended
-        self._protocol = ChannelProtocol(received, self._lost)
+        self._protocol = _Heard(received, self._lost)
         self._process: Any = None
+        self._running = False
         self._gone = asyncio.Event()
+        self._killed: str | None = None
         self._reaping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -58,14 +73,34 @@ class Worker:
         self._process = _SPAWN.Process(
             target=_run, args=(self._main, theirs, self._plan), daemon=True, name="midstream-worker"
         )
+        spawning = asyncio.ensure_future(asyncio.to_thread(self._process.start))
         try:
-            await asyncio.to_thread(self._process.start)
+            await asyncio.shield(spawning)
+            await loop.create_unix_connection(lambda: self._protocol, sock=ours)
         except BaseException:
             ours.close()
+            await self._call_off(spawning)
             raise
         finally:
             theirs.close()
-        await loop.create_unix_connection(lambda: self._protocol, sock=ours)
+        self._running = True
+
+    async def _call_off(self, spawning: asyncio.Future[None]) -> None:
+        """End the process that nobody wants any more; the thread that starts it goes on anyway."""
+        await asyncio.wait((spawning,))
+        if spawning.exception() is None:
+            self._process.kill()
+            await asyncio.to_thread(self._process.join, _PATIENCE)
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and is not known to be gone."""
+        return self._running and not self._gone.is_set()
+
+    @property
+    def heard(self) -> int:
+        """Goes up with whatever comes from it."""
+        return self._protocol.heard
 
     @property
     def pid(self) -> int:
@@ -81,15 +116,26 @@ class Worker:
         self._protocol.close()
         await self._gone.wait()
 
+    def kill(self, why: str) -> None:
+        """Kill the process, and hang up: one that is stuck in a driver does not even die.
+
+        ``ended`` is told ``why``, and not that it was killed.
+        """
+        self._killed = why
+        self._process.kill()
+        self._protocol.close()
+
     def _lost(self) -> None:
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
         await asyncio.to_thread(self._process.join, _PATIENCE)
-        how = _how(self._process.exitcode)
+        how = self._killed or _how(self._process.exitcode)
         if self._process.exitcode is None:
             self._process.kill()
-            await asyncio.to_thread(self._process.join)
+            await asyncio.to_thread(self._process.join, _PATIENCE)
+        if self._process.exitcode is None:
+            _log.error("process %d does not die of SIGKILL; it is left behind", self.pid)
         self._gone.set()
         self._ended(how)
 
