@@ -149,12 +149,13 @@ class Metrics(Observer):
         self.registry.register(_Audit(log, self._model))
 
     def _release(self, stream: Opened) -> None:
-        now, last = time.monotonic(), self._released[stream.ask.stream]
+        now, name = time.monotonic(), stream.ask.stream
+        last = self._released[name]
         if last is None:
             self._to_first.observe(now - stream.clock)
         else:
             self._between.observe(now - last)
-        self._released[stream.ask.stream] = now
+        self._released[name] = now
 
     def _end(self, stream: Opened, event: Event) -> None:
         del self._released[stream.ask.stream]
