@@ -40,7 +40,7 @@ class ScriptedEngine:
 
     def __init__(
         self, feed, pieces=("The ", "urn ", "is ", "pale."), *, risks=None, halt_after=None,
-        delay=0.0, error=None, models=("testbed",),
+        delay=0.0, error=None, models=("testbed",), halt_message=None,
     ):  # fmt: skip
         self.feed = feed
         self.pieces = list(pieces)
@@ -50,6 +50,7 @@ class ScriptedEngine:
         self.error = error
         """Message of an ``error`` event in place of the end."""
         self.models = models
+        self.halt_message = halt_message
         self.unready = None
         self.asked = []
         self.streams = []
@@ -69,6 +70,7 @@ class ScriptedEngine:
 class ScriptedStream:
     def __init__(self, engine, ask):
         self.ask, self.prompt_tokens, self.completion_tokens = ask, 4, 0
+        self.halt_message = engine.halt_message
         self.cancelled = False
         self._engine = engine
         self._events = asyncio.Queue()

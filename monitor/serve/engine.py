@@ -73,6 +73,10 @@ class Stream(Protocol):
     completion_tokens: int
     """Tokens that have left."""
 
+    @property
+    def halt_message(self) -> str | None:
+        """What the policy has clients told of a halt."""
+
     def __aiter__(self) -> AsyncIterator[Event]:
         """Give the events as they come."""
 

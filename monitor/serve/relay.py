@@ -49,6 +49,8 @@ class End:
     completion_tokens : int
     checked, length : int
         Characters judged, and characters that left.
+    halt_message : str, optional
+        What the policy has clients told, where the response was halted.
     """
 
     finish_reason: str | None
@@ -57,6 +59,7 @@ class End:
     completion_tokens: int
     checked: int
     length: int
+    halt_message: str | None = None
 
 
 class ClientGoneError(Exception):
@@ -85,6 +88,7 @@ class Relay:
         self._released = 0
         self._checked = 0
         self._report: StreamReport | None = None
+        self._halted = False
 
     def cut(self, error: ApiError) -> None:
         """Break the response off soon, with this as its end."""
@@ -115,7 +119,8 @@ class Relay:
                 self.stream.cancel()
         tokens = self.stream.completion_tokens
         checked = min(self._checked, self._length)
-        return End(reason, error, self._report, tokens, checked, self._length)
+        told = self.stream.halt_message if self._halted and not self._stops.hit else None
+        return End(reason, error, self._report, tokens, checked, self._length, told)
 
     async def _timed(
         self, deliver: Callable[[Piece], Awaitable[None]]
@@ -157,6 +162,8 @@ class Relay:
                 await self._pass(self._stops.take(text), deliver)
                 if self._stops.hit:
                     self.stream.cancel()
+            elif event.type == "halted":
+                self._halted = True
             elif event.type == "error":
                 self._ended = True
                 _log.error("stream %s broke off: %s", event.stream, event.message)

@@ -47,6 +47,12 @@ class LocalStream:
         self._events: deque[Event] = deque()
         self._reader: asyncio.Future[None] | None = None
 
+    @property
+    def halt_message(self) -> str | None:
+        """What the policy has clients told of a halt."""
+        assert self.serving.ready is not None
+        return self.serving.ready.policy.on_halt.message
+
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Give the events as they come."""
         while True:
