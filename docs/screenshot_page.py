@@ -30,6 +30,7 @@ sys.argv = "midstream serve --port 0 --page text --slots 24 --drain 2".split()
 main()
 """
 LONG = 24  # tokens that a halted stream has let go
+REPLAYED = 4  # of them those that another level would have kept
 TIERS = ("moderate", "moderate", "strict")
 
 
@@ -63,9 +64,10 @@ async def look(page: Page, url: str) -> None:
         halted = await page.locator("#state.halted").count() == 1
         halts = await page.locator(".row.halted").count()
         if halted and halts >= 4 and await left.count() >= LONG:
-            break
-    await page.locator("#level").fill("0.2")
-    await page.wait_for_timeout(300)
+            await page.locator("#level").fill("0.2")
+            await page.wait_for_timeout(300)
+            if await page.locator("#text .stays").count() >= REPLAYED:
+                break
     await page.locator("#level").blur()
 
 

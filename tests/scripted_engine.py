@@ -43,7 +43,7 @@ class ScriptedEngine:
 
     def __init__(
         self, feed, pieces=("The ", "urn ", "is ", "pale."), *, risks=None, halt_after=None,
-        pause_at=None, delay=0.0, error=None, models=("testbed",),
+        pause_at=None, delay=0.0, error=None, models=("testbed",), halt_message=None,
     ):  # fmt: skip
         self.feed = feed
         self.pieces = list(pieces)
@@ -54,6 +54,7 @@ class ScriptedEngine:
         self.error = error
         """Message of an ``error`` event in place of the end."""
         self.models = models
+        self.halt_message = halt_message
         self.unready = None
         self.asked = []
         self.streams = []
@@ -74,6 +75,7 @@ class ScriptedStream(Events):
     def __init__(self, engine, ask):
         super().__init__()
         self.ask, self.prompt_tokens, self.completion_tokens = ask, 4, 0
+        self.halt_message = engine.halt_message
         self.cancelled = False
         self._engine = engine
         self._goes_on = asyncio.Event()

@@ -32,12 +32,12 @@ from midstream.cli import app
 from midstream.ledger.ledger import conversation_key
 from midstream.serve import audit, audit_file, audit_read
 from midstream.serve.app import create_app
-from midstream.serve.audit import AuditLog
+from midstream.serve.audit import MOST_REFUSALS, AuditLog
 from midstream.serve.audit_file import AuditError, AuditFile, files_in
 from midstream.serve.audited import AuditedEngine
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
-from midstream.serve.feed import Feed, Opened
+from midstream.serve.feed import EngineStats, Feed, Opened
 from midstream.streams import Event
 
 
@@ -144,7 +144,7 @@ def test_nothing_is_kept_of_streams_that_ended(tmp_path: Path) -> None:
     with log_in(tmp_path) as log:
         engine = ScriptedEngine(Feed([log]))
         asyncio.run(play(engine, *(ask(str(number)) for number in range(50))))
-        wait_until(lambda: not log._queue)
+        wait_until(lambda: not log._writer._queue)
         assert (log._given, log.waiting_bytes) == ({}, 0)
     assert verified(tmp_path).unended == ()
 
@@ -188,7 +188,7 @@ def test_every_field_is_documented(tmp_path: Path) -> None:
         log.event(Opened(ask(), "moderate", BUNDLE), Event(type="verdict", stream="s", bundle="b"))
         log.refused("", 401, "invalid_api_key")
         log.notice("reloaded", {})
-        log._unsynced = b'"time":0,"kind":"unsynced","first":0,"last":0,"cause":""'
+        log._writer._unsynced = b'"time":0,"kind":"unsynced","first":0,"last":0,"cause":""'
     with log_in(tmp_path / "b", queue_bytes=1):
         pass
     found: dict[str, set[str]] = {}
@@ -506,7 +506,7 @@ def test_a_full_disk(
     there = numbers(small_disk / "log")
     gaps = [one for one in records(small_disk / "log") if one["kind"] == "gap"]
     assert len(there) + sum(one["kinds"].get("notice", 0) for one in gaps) == sent
-    levels = [one.levelno for one in caplog.records if one.name == "midstream.serve.audit"]
+    levels = [one.levelno for one in caplog.records if one.name == "midstream.serve.audit_writer"]
     assert levels == [logging.ERROR, logging.WARNING]
 
 
@@ -545,7 +545,7 @@ def test_a_server_that_refuses_says_so_over_http(tmp_path: Path, monkeypatch: An
 
 
 def test_the_queue_of_a_slow_disk(tmp_path: Path, monkeypatch: Any) -> None:
-    """Whoever floods the server with refusals does not crowd out decisions."""
+    """Whoever floods the server with refusals does not crowd out decisions, nor fill the disk."""
     may_write = threading.Event()
     write = os.write
 
@@ -554,20 +554,60 @@ def test_the_queue_of_a_slow_disk(tmp_path: Path, monkeypatch: Any) -> None:
         return write(descriptor, data)
 
     with log_in(tmp_path, queue_bytes=20_000) as log:
-        wait_until(lambda: not log._queue)
+        wait_until(lambda: not log._writer._queue)
         monkeypatch.setattr(audit_file.os, "write", slow)
-        for _ in range(1000):
-            log.refused("", 401, "invalid_api_key")
+        with monkeypatch.context() as patch:
+            patch.setattr("midstream.serve.audit.time.monotonic", lambda: log._minute)
+            for _ in range(1000):
+                log.refused("", 401, "invalid_api_key")
         asyncio.run(play(ScriptedEngine(Feed([log]), halt_after=2), ask()))
+        notices(log, 0, 1000)
         assert log.waiting_bytes <= 20_000
-        assert log.missing > 800
+        assert log.missing > 700
         may_write.set()
+        wait_until(lambda: not log._writer._queue)
     assert verified(tmp_path).missing == log.missing
-    assert kinds(tmp_path)[-5:] == ["gap", "opened", "halted", "finished", "stop"]
+    assert kinds(tmp_path)[2:6] == ["refused", "opened", "halted", "finished"]
+    assert kinds(tmp_path)[-2:] == ["refused", "stop"]
     # a shorter record may find room where a longer one did not, and part the gap
     gaps = [one["kinds"] for one in records(tmp_path) if one["kind"] == "gap"]
-    assert gaps == [{"refused": gap["refused"]} for gap in gaps]
-    assert sum(gap["refused"] for gap in gaps) == log.missing
+    assert gaps == [{"notice": gap["notice"]} for gap in gaps]
+    assert sum(gap["notice"] for gap in gaps) == log.missing
+
+
+def test_refusals_are_counted_by_the_minute(tmp_path: Path, monkeypatch: Any) -> None:
+    now = 1000.0
+    monkeypatch.setattr("midstream.serve.audit.time.monotonic", lambda: now)
+    with log_in(tmp_path) as log:
+        for _ in range(10_000):
+            log.refused("", 401, "invalid_api_key")
+        log.refused("ada", 429, "too_many_requests")
+        now += 59
+        log.stats(EngineStats(8, 0, 0, 0, ()))
+        log.refused("", 401, "invalid_api_key")
+        now += 1
+        log.stats(EngineStats(8, 0, 0, 0, ()))  # the minute is over, and nobody asks any more
+        log.refused("", 401, "invalid_api_key")
+        log.refused("", 401, "invalid_api_key")
+    refused = [one for one in records(tmp_path) if one["kind"] == "refused"]
+    assert [(one["client"], one["status"], one["code"], one["count"]) for one in refused] == [
+        ("", 401, "invalid_api_key", 1),
+        ("ada", 429, "too_many_requests", 1),
+        ("", 401, "invalid_api_key", 10_000),
+        ("", 401, "invalid_api_key", 1),
+        ("", 401, "invalid_api_key", 1),  # what was counted is written at the end, too
+    ]
+
+
+def test_refusals_of_any_kind_are_bounded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("midstream.serve.audit.time.monotonic", lambda: 1000.0)
+    with log_in(tmp_path) as log:
+        for number in range(5000):
+            log.refused("", 400, f"code {number}")
+    refused = [one for one in records(tmp_path) if one["kind"] == "refused"]
+    assert len(refused) == MOST_REFUSALS + 2
+    assert sum(one["count"] for one in refused) == 5000
+    assert refused[-1]["code"] == "other"
 
 
 def test_what_a_sync_did_not_take_is_told(tmp_path: Path, monkeypatch: Any) -> None:
@@ -598,7 +638,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: Any, caplog
         raise OSError(28, "No space left on device")
 
     log = AuditLog(tmp_path)
-    wait_until(lambda: not log._queue)
+    wait_until(lambda: not log._writer._queue)
     monkeypatch.setattr(audit_file.os, "write", full)
     notices(log, 0, 3)
     log.close()

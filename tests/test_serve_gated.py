@@ -23,7 +23,7 @@ from midstream.bundle import Bundle
 from midstream.engines.hf import manager as seams
 from midstream.ledger.ledger import TurnRecord
 from midstream.ledger.memory import MemoryLedger
-from midstream.policy import PolicyError
+from midstream.policy import OnHalt, PolicyError
 from midstream.serve.app import create_app
 from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.errors import ApiError
@@ -70,6 +70,7 @@ class ScriptedStream(Events):
     def __init__(self, engine: Scripted, ask: Ask) -> None:
         super().__init__()
         self.ask, self.prompt_tokens, self.completion_tokens = ask, PROMPT, 0
+        self.halt_message = engine.bundle.policy.on_halt.message
         self._feed, self._bundle = engine.feed, engine.bundle
         self._opened = Opened(ask, "moderate", self._bundle.hash)
         self._cancelled = asyncio.Event()
@@ -251,6 +252,12 @@ def test_a_ledger_that_is_down(fails: str, on_store_down: str) -> None:
     else:
         assert (text_of(events), events[-1].message) == (f"{QUIET} ", "stop")
         assert "the ledger is down" in (events[1].message or "")
+
+
+def test_what_the_gate_withholds_is_told_in_the_policys_words() -> None:
+    house = House(on_halt=OnHalt(message="I will not."))
+    stream, _ = run(answer(house.gated, ask(asks(QUIET))))
+    assert stream.halt_message == "I will not."
 
 
 def test_what_the_token_monitor_halts_is_withheld_whole() -> None:

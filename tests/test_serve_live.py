@@ -8,6 +8,7 @@ import tracemalloc
 from types import SimpleNamespace
 
 import httpx
+import observers
 import pytest
 from fastapi import FastAPI
 from http_service import PATIENCE
@@ -397,6 +398,11 @@ def test_silence_is_broken_by_comments(monkeypatch):
             break
 
     run(main())
+
+
+def test_what_looking_on_costs_is_measured():
+    found = run(observers.main(400, 20, 1000))
+    assert {"metrics_us", "audit_us", "page_0_viewers_us", "page_3_viewers_us"} <= set(found)
 
 
 def test_a_size_below_one_stream_is_refused():

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -12,12 +13,15 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import BUNDLE, ScriptedEngine, events
 
-from midstream.serve import rotation
+from midstream.serve import audit_file, rotation
 from midstream.serve.app import create_app
+from midstream.serve.assemble import Watch, assemble
+from midstream.serve.audit import AuditLog
 from midstream.serve.engine import Ask
 from midstream.serve.feed import EngineStats, Feed, Observer, Opened
 from midstream.serve.keys import Keys
 from midstream.serve.metrics import MOST_LABELS, Metrics, metrics_router
+from midstream.serve.settings import Settings
 from midstream.streams import Event
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -75,7 +79,15 @@ def serve(feed, *asks, cancel=False, **script):
     asyncio.run(run())
 
 
-def test_the_table_in_the_docs_is_what_is_exported(metrics, feed):
+@pytest.fixture
+def log(tmp_path):
+    log = AuditLog(tmp_path, queue_bytes=2000)
+    yield log
+    log.close()
+
+
+def test_the_table_in_the_docs_is_what_is_exported(metrics, feed, log):
+    metrics.watch_audit(log)
     documented = {
         name: (kind, frozenset(re.findall(r"`(\w+)`", labels)))
         for name, kind, labels in ROW.findall((DOCS / "metrics.md").read_text())
@@ -235,6 +247,59 @@ def test_observers_that_fail_are_counted(caplog):
     serve(feed)
     assert samples(metrics)["feed_failures_total",] == feed.failures == 6  # admitted, 4, finished
     assert "no space left" in caplog.text
+
+
+def test_an_audit_log_that_cannot_be_written_is_seen(metrics, log, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    metrics.watch_audit(log)
+    names = ("audit_failing", "audit_waiting_bytes", "audit_records_missing_total")
+    wait_until(lambda: samples(metrics)["audit_waiting_bytes",] == 0)
+    assert [samples(metrics)[name,] for name in names] == [0, 0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_file.os, "write", full)
+        for _ in range(100):
+            log.notice("n", {})
+        wait_until(lambda: log.failing)
+        found = samples(metrics)
+        assert found["audit_failing",] == 1
+        assert 0 < found["audit_waiting_bytes",] == log.waiting_bytes <= 2000
+        assert 0 < found["audit_records_missing_total",] == log.missing < 100
+    missing = log.missing
+    wait_until(lambda: log.failing is None and log.waiting_bytes == 0)
+    assert [samples(metrics)[name,] for name in names] == [0, 0, missing]
+
+
+def test_a_server_with_an_audit_log_exports_how_it_does(tmp_path):
+    class Judged(ScriptedEngine):
+        bundle = None
+
+        def look_closely(self, stream, on):
+            pass
+
+    def served(**watch):
+        feed = Feed()
+        app = assemble(Judged(feed), feed, settings=Settings(), keys=Keys(), watch=Watch(**watch))
+
+        async def get():
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                return (await client.get("/metrics")).text
+
+        text = asyncio.run(get())
+        feed.close()
+        return text
+
+    assert "midstream:audit_failing" not in served()
+    assert 'midstream:audit_failing{model_name="testbed"} 0.0' in served(audit=tmp_path / "log")
+
+
+def wait_until(ready):
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_two_servers_in_one_process_count_apart(metrics, feed):

@@ -149,6 +149,7 @@ def test_the_command_halts_the_testbeds_model(served):
         if chunks[-1].choices[0].finish_reason == "content_filter":
             break
         assert index < 100
+    assert chunks[-1].choices[0].stop_reason == "The archive withheld the rest of this answer."
     facts = chunks[-1].midstream
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text

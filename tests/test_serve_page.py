@@ -107,9 +107,7 @@ def test_a_stream_halts_live_on_the_page(page, stage):
     shown = page.locator("#text").inner_text()
     assert shown == "".join(WORDS[:9]) + "halted at 13"  # the last word has not left
     expect(page.locator("#risk")).to_contain_text("halted at 13")
-    expect(page.locator("#risk-title")).to_have_text(
-        "Risk: chance that it is violated within 24 tokens"
-    )
+    expect(page.locator("#risk-title")).to_have_text("Risk: chance of a violation within 24 tokens")
     expect(page.locator("#halts-count")).to_have_text("1 halt of 1 ended")
     expect(page.locator("#halts-causes")).to_have_text("sealed 1")
     expect(page.locator("#announce")).to_have_text("Stream first halted: sealed")
@@ -117,7 +115,7 @@ def test_a_stream_halts_live_on_the_page(page, stage):
     expect(evidence).to_have_count(2)
     expect(evidence.first).to_have_class("cause")
     expect(evidence.first).to_contain_text("opens the sealed vessel")
-    expect(evidence.first).to_contain_text("now 1.2, most 1.2")
+    expect(evidence.first).to_contain_text("last 1.2, most 1.2")
 
 
 def test_tokens_carry_the_colour_of_their_risk(page, stage):
@@ -225,6 +223,58 @@ def test_streams_are_gone_through_by_keys(page, stage):
         expect(page.locator("#list")).to_have_attribute(
             "aria-activedescendant", chosen.get_attribute("id")
         )
+
+
+def test_the_keys_work_wherever_the_focus_is(page, stage):
+    """Whoever has just chosen a filter or moved the level goes on with the keys."""
+    for name in ("a", "b", "c"):
+        stage.play(f"stream-{name}", WORDS, CALM if name == "c" else RISING,
+                   halt_after=None if name == "c" else 9)  # fmt: skip
+    expect(page.locator("#filter input[value=halted] + span b")).to_have_text("2")
+    choose(page, "stream-c")
+    page.locator("#filter input[value=halted]").focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("j")
+    expect(page.locator("#id")).to_have_text("stream-b")
+    for focus in ("#level", "#risk", "#text"):
+        page.locator(focus).focus()
+        for key, name in (("j", "a"), ("h", "b")):
+            page.keyboard.press(key)
+            expect(page.locator("#id")).to_have_text(f"stream-{name}")
+
+
+def test_a_filter_that_nothing_passes_says_so(page, stage):
+    stage.play("one", WORDS, CALM)
+    expect(page.locator("#state")).to_have_text("✓ finished")
+    expect(page.locator("#none")).to_be_hidden()
+    page.locator("#filter input[value=halted]").focus()
+    page.keyboard.press("Space")
+    expect(page.locator("#none")).to_have_text("No stream is like this now.")
+    expect(page.locator("#none")).to_be_visible()
+
+
+def test_a_notice_tells_the_beginning_of_a_hash(page, stage):
+    stage.do(lambda: stage.feed.notice("reloaded", {"bundle": "c50e2ca0160f" + "a" * 52}))
+    stage.play("one", WORDS, CALM)
+    expect(page.locator("#notices")).to_contain_text("reloaded bundle c50e2ca0160f")
+    expect(page.locator("#notices")).not_to_contain_text("0160fa")
+
+
+def test_many_streams_leave_room_for_the_order(browser, stage):
+    stage.play("one", WORDS, CALM)
+    with browsing(browser, viewport={"width": 390, "height": 844}) as page:
+        page.goto(stage.url)
+        expect(page.locator("#state")).to_have_text("✓ finished")
+        apart = page.evaluate(
+            """() => {
+              const labels = [...document.querySelectorAll("#filter label")];
+              for (const label of labels) label.querySelector("b").textContent = "9999";
+              const last = labels.at(-1).getBoundingClientRect();
+              const order = document.querySelector("#order").getBoundingClientRect();
+              return order.top >= last.bottom || order.left >= last.right;
+            }"""
+        )
+        assert apart
 
 
 def test_everything_is_reached_by_tab_and_the_focus_is_seen(page, stage):

@@ -28,6 +28,7 @@ from opentelemetry.sdk.trace.export import (
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from midstream.ledger.ledger import conversation_key
 from midstream.serve import tracing
 from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
@@ -109,7 +110,7 @@ def test_a_chat_that_is_halted(feed, exported):
         "gen_ai.request.max_tokens": 9,
         "gen_ai.request.temperature": 0.7,
         "gen_ai.request.top_p": 0.9,
-        "gen_ai.conversation.id": "c-7",
+        "gen_ai.conversation.id": conversation_key("alice:c-7"),  # as in the audit log
         "gen_ai.response.id": "s-1",
         "gen_ai.response.model": "testbed",
         "gen_ai.response.finish_reasons": ("content_filter",),
@@ -162,8 +163,9 @@ def test_a_stream_that_fails(feed, exported):
 
 
 def test_no_text_gets_into_a_span(feed, exported):
-    serve(feed, ask(body={"user": "SECRET"}), ask("s-2", messages=None, prompt="SECRET"),
-          pieces=["SECRET"] * 3, halt_after=2)  # fmt: skip
+    chat = ask(body={"user": "SECRET"}, conversation="SECRET")
+    text = ask("s-2", messages=None, prompt="SECRET")
+    serve(feed, chat, text, pieces=["SECRET"] * 3, halt_after=2)
     spans = exported.get_finished_spans()
     assert len(spans) == 2
     for span in spans:

@@ -116,5 +116,6 @@ def assemble(
             on_failure=watch.audit_on_failure,
         )
         feed.add(log)
+        metrics.watch_audit(log)
         served = AuditedEngine(engine, log)
     return create_app(served, feed, settings, routers=routers, keys=keys, host=host)

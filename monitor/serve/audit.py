@@ -1,33 +1,26 @@
 """The audit log: what was decided about every stream, kept in files that only grow.
 
-It looks on like every other observer, so it never holds up a stream: records go into a queue, and a
-thread of its own writes them. Text is in them only where it was asked for (docs/audit.md).
+It looks on like every other observer, so it never holds up a stream: a thread of its own writes the
+records (`midstream.serve.audit_writer`). Text is in them only where it was asked for
+(docs/audit.md).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import os
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping
-from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from midstream.ledger.ledger import conversation_key
-from midstream.serve.audit_file import AuditFile, Sync, SyncFailedError
-from midstream.serve.feed import Observer, Opened
+from midstream.serve.audit_file import Sync
+from midstream.serve.audit_writer import AuditWriter
+from midstream.serve.feed import EngineStats, Observer, Opened
 from midstream.streams import Event
 
-_log = logging.getLogger(__name__)
-
-_BATCH = 1000  # records per write
-_PATIENCE = 10.0  # seconds for the last records, at the end
-_INTERVAL = 1.0  # seconds between two syncs, and between attempts after a failure
+MOST_REFUSALS = 256
+"""Kinds of refusals that are told apart in a minute."""
 
 
 class AuditLog(Observer):
@@ -69,39 +62,45 @@ class AuditLog(Observer):
         max_bytes: int = 64 << 20,
         queue_bytes: int = 16 << 20,
     ) -> None:
-        self.folder = Path(folder)
-        self.missing = 0
-        """Records that found no room in the queue, since the start."""
-        self.failing: str | None = None
-        """Why the log cannot be written now."""
-        self._text, self._sync, self._on_failure = text, sync, on_failure
-        self._limit = queue_bytes
-        self._file = AuditFile(self.folder, sync, max_bytes)
+        self._text, self._on_failure = text, on_failure
         self._given: dict[str, _Given] = {}
-        self._queue: deque[bytes | _Gap] = deque()
-        self._waiting = 0  # bytes
-        self._wake = threading.Condition()
-        self._unsynced: bytes | None = None
-        self._closing = False
-        self._next_sync = 0.0
-        self._put("start", self._started())
-        self._thread = threading.Thread(target=self._run, name="midstream-audit", daemon=True)
-        self._thread.start()
+        self._refusals: dict[tuple[str, int, str], int] = {}  # of this minute, after the first
+        self._minute = time.monotonic()
+        self._writer = AuditWriter(
+            Path(folder),
+            sync=sync,
+            on_failure=on_failure,
+            max_bytes=max_bytes,
+            queue_bytes=queue_bytes,
+        )
+        left = {"after_stop": self._writer.clean, "torn": self._writer.torn}
+        self._writer.put("start", {"sync": sync, "text": text, **left})
+        self._writer.start()
+
+    @property
+    def missing(self) -> int:
+        """Records that found no room in the queue, since the start."""
+        return self._writer.missing
+
+    @property
+    def failing(self) -> str | None:
+        """Why the log cannot be written now."""
+        return self._writer.failing
 
     @property
     def written(self) -> int:
         """Records the operating system has: they outlive this process, however it ends."""
-        return self._file.chain.seq
+        return self._writer.written
 
     @property
     def acknowledged(self) -> int:
         """Records kept as ``sync`` promises: by the disk, or with ``never`` by the system."""
-        return self.written if self._sync == "never" else self._file.synced
+        return self._writer.acknowledged
 
     @property
     def waiting_bytes(self) -> int:
         """What waits to be written."""
-        return self._waiting
+        return self._writer.waiting_bytes
 
     @property
     def unready(self) -> str | None:
@@ -120,7 +119,7 @@ class AuditLog(Observer):
         }
         if self._text:
             facts |= {"messages": ask.messages, "prompt": ask.prompt}
-        self._put("opened", facts)
+        self._writer.put("opened", facts)
 
     def event(self, stream: Opened, event: Event) -> None:
         """Record what was decided, and how a stream ended."""
@@ -128,7 +127,7 @@ class AuditLog(Observer):
             if event.text and (given := self._given.get(event.stream)):
                 given.add(event.text, self._text)
         elif event.type in ("verdict", "halted"):
-            self._put(event.type, _identity(stream) | _decision(event))
+            self._writer.put(event.type, _identity(stream) | _decision(event))
         elif event.type in ("finished", "error"):
             given = self._given.pop(event.stream, None) or _Given()
             facts = _identity(stream) | _decision(event) | _outcome(event)
@@ -138,133 +137,52 @@ class AuditLog(Observer):
             }
             if self._text:
                 facts["text"] = "".join(given.text)
-            self._put(event.type, facts)
+            self._writer.put(event.type, facts)
 
     def refused(self, client: str, status: int, code: str) -> None:
-        """Record that a request was refused."""
-        self._put("refused", {"client": client, "status": status, "code": code})
+        """Record the first of a minute by client, status and code, and count the others.
+
+        Else whoever floods the server, with or without a key, fills the disk.
+        """
+        self._turn()
+        refusal = (client, status, code)
+        if refusal not in self._refusals and len(self._refusals) >= MOST_REFUSALS:
+            refusal = (client, status, "other")  # upstreams have codes of their own
+        if refusal in self._refusals:
+            self._refusals[refusal] += 1
+        else:
+            self._refusals[refusal] = 0
+            self._put_refused(refusal, 1)
 
     def notice(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Record what happened to the server."""
-        self._put("notice", {"notice": kind, "facts": facts})
+        self._writer.put("notice", {"notice": kind, "facts": facts})
+
+    def stats(self, stats: EngineStats) -> None:
+        """Record what was counted of refusals, where the minute is over."""
+        self._turn()
 
     def close(self) -> None:
         """Write what waits, and end the log; what cannot be written then is told and lost."""
-        self._put("stop", {}, room=math.inf)
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join(_PATIENCE)
-        if self._thread.is_alive():
-            _log.error("audit log %s: its disk does not answer; what waits is lost", self.folder)
+        self._tell_refusals()
+        self._writer.close()
 
-    def _started(self) -> dict[str, Any]:
-        return {
-            "sync": self._sync,
-            "text": self._text,
-            "after_stop": self._file.clean,
-            "torn": self._file.torn,
-        }
+    def _turn(self) -> None:
+        """Begin the next minute when it is time."""
+        if time.monotonic() - self._minute >= 60:
+            self._minute = time.monotonic()
+            self._tell_refusals()
 
-    def _put(self, kind: str, facts: Mapping[str, Any], room: float = 1.0) -> None:
-        """Queue a record; where it finds no room, count it in the gap at the queue's end."""
-        if kind == "refused":
-            room = 0.5  # who floods the server with nonsense does not crowd out its decisions
-        body = _body(kind, facts)
-        with self._wake:
-            if self._waiting + len(body) <= self._limit * room:
-                self._queue.append(body)
-                self._waiting += len(body)
-            else:
-                self._fail("the queue is full")
-                self.missing += 1
-                gap = self._queue[-1] if self._queue else None
-                if not isinstance(gap, _Gap):
-                    gap = _Gap(self.failing)
-                    self._queue.append(gap)
-                gap.count(kind)
-            self._wake.notify()
+    def _tell_refusals(self) -> None:
+        for refusal, count in self._refusals.items():
+            if count:
+                self._put_refused(refusal, count)
+        self._refusals = {}
 
-    def _run(self) -> None:
-        try:
-            while self._queue or not self._closing:
-                self._wait()
-                try:
-                    self._write_some()
-                except OSError as error:
-                    self._fail(str(error))
-                    if self._closing:
-                        break
-                    with self._wake:
-                        self._wake.wait_for(lambda: self._closing, _INTERVAL)
-            if self._sync != "never" and self.failing is None:
-                self._file.sync()
-        except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
-            _log.exception("audit log %s: its thread has ended", self.folder)
-        finally:
-            if self._queue:
-                _log.error(
-                    "audit log %s: the server ends and %d records that waited are lost, beside %d "
-                    "that had found no room: %s",
-                    self.folder, len(self._queue), self.missing, self.failing,
-                )  # fmt: skip
-            self._file.close()
-
-    def _wait(self) -> None:
-        """Until there is something to write, or to sync."""
-        with self._wake:
-            seconds = None
-            if self._sync != "never" and self._file.synced < self.written:
-                seconds = max(0.0, self._next_sync - time.monotonic())
-            self._wake.wait_for(lambda: self._queue or self._closing, seconds)
-
-    def _write_some(self) -> None:
-        if self._unsynced is not None:
-            self._file.next_file()
-            self._file.append([self._unsynced])
-            self._unsynced = None
-        with self._wake:
-            if self._queue and isinstance(self._queue[0], _Gap):
-                self._queue[0] = gap = _body("gap", vars(self._queue[0]))
-                self._waiting += len(gap)
-            records = takewhile(lambda one: isinstance(one, bytes), self._queue)
-            batch = [one for one in islice(records, _BATCH) if isinstance(one, bytes)]
-        before = self._file.taken
-        try:
-            self._file.append(batch)
-            if self._sync == "always" or (
-                self._sync == "every-second" and time.monotonic() >= self._next_sync
-            ):
-                self._next_sync = time.monotonic() + _INTERVAL
-                self._file.sync()
-        except SyncFailedError as error:
-            # What a disk failed to take it may have forgotten: a second sync would claim too much.
-            doubtful = {"first": self._file.synced, "last": self.written - 1, "cause": str(error)}
-            self._unsynced = _body("unsynced", doubtful)
-            raise
-        finally:
-            with self._wake:
-                for _ in range(self._file.taken - before):
-                    taken = self._queue.popleft()
-                    assert isinstance(taken, bytes)
-                    self._waiting -= len(taken)
-        with self._wake:
-            if self.failing is not None and self._waiting <= self._limit // 2:
-                self.failing = None
-                _log.warning(
-                    "audit log %s is written again; %d records are missing since the start",
-                    self.folder, self.missing,
-                )  # fmt: skip
-
-    def _fail(self, why: str) -> None:
-        with self._wake:
-            if self.failing is None:
-                self.failing = why
-                _log.error(
-                    "audit log %s cannot be written: %s; records wait in the queue, those without "
-                    "room are counted, and the server %ss", self.folder, why, self._on_failure,
-                )  # fmt: skip
+    def _put_refused(self, refusal: tuple[str, int, str], count: int) -> None:
+        client, status, code = refusal
+        facts = {"client": client, "status": status, "code": code, "count": count}
+        self._writer.put("refused", facts)
 
 
 class _Given:
@@ -278,19 +196,6 @@ class _Given:
         self.characters += len(text)
         if is_kept:
             self.text.append(text)
-
-
-class _Gap:
-    """Records that found no room, in the place where they belong."""
-
-    def __init__(self, cause: str | None) -> None:
-        self.missing = 0
-        self.kinds: dict[str, int] = {}
-        self.cause = cause
-
-    def count(self, kind: str) -> None:
-        self.missing += 1
-        self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
 
 def _identity(stream: Opened) -> dict[str, Any]:
@@ -324,18 +229,3 @@ def _outcome(event: Event) -> dict[str, Any]:
         "scored": report.scored,
         "unscored": report.unscored,
     }
-
-
-def _body(kind: str, facts: Mapping[str, Any]) -> bytes:
-    """JSON of a record, without its braces."""
-    content = _finite({"time": time.time(), "kind": kind, **facts})
-    return json.dumps(content, separators=(",", ":"), default=str).encode()[1:-1]
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

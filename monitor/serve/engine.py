@@ -113,6 +113,10 @@ class Stream(Protocol):
     completion_tokens: int
     """Tokens that have left."""
 
+    @property
+    def halt_message(self) -> str | None:
+        """What the policy has clients told of a halt."""
+
     def follow(self, follower: Follower) -> None:
         """Hand over what has come, in order, and from now on what comes; once."""
 

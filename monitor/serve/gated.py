@@ -272,6 +272,7 @@ class GatedStream(Events):
         self.ask = stream.ask
         self.prompt_tokens = stream.prompt_tokens
         self.completion_tokens = 0
+        self.halt_message = gate.bundle.policy.on_halt.message
         self._stream, self._opened, self._feed = stream, opened, feed
         self._gate, self._turn = gate, turn
         self._held: list[Released] = []

@@ -7,12 +7,13 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from midstream.bundle import Bundle
 from midstream.serve.feed import EngineStats, Observer, Opened
 from midstream.serve.halts import RecentHalts
+from midstream.serve.live_bundles import KnownBundles
+from midstream.serve.live_closely import CloseUp
 from midstream.serve.live_record import Record
 from midstream.serve.live_viewers import Viewer, Viewers, message
 from midstream.streams import Event
@@ -27,28 +28,6 @@ NOTICES = 20
 
 class TooManyViewersError(RuntimeError):
     """Nobody more can look on."""
-
-
-@dataclass
-class _Close:
-    """A stream that somebody looks at closely, and how much of it was told."""
-
-    record: Record
-    viewers: Viewers = field(default_factory=Viewers)
-    points: int = 0
-    pieces: int = 0
-    marks: int = 0
-    ended: bool = False
-
-    def knows_all(self) -> bool:
-        record = self.record
-        now = len(record.positions), len(record.pieces), len(record.marks), record.ended
-        return now == (self.points, self.pieces, self.marks, self.ended)
-
-    def told_all(self) -> None:
-        record = self.record
-        self.points, self.pieces = len(record.positions), len(record.pieces)
-        self.marks, self.ended = len(record.marks), record.ended
 
 
 class Live(Observer):
@@ -86,7 +65,7 @@ class Live(Observer):
     ) -> None:
         if streams < 1:
             raise ValueError(f"streams: expected at least 1, got {streams}")
-        self._bundle_of = bundle_of
+        self._bundles = KnownBundles(bundle_of)
         self._text = text
         self.look_closely = look_closely  # may be set later: an engine needs the feed first
         self._most, self._most_bytes, self._most_viewers = streams, size, viewers
@@ -104,11 +83,9 @@ class Live(Observer):
         self._engine_changed = False
         self._counts = {"unscored": 0, "errors": 0, "refused": 0, "not_kept": 0}
         self._notices: deque[dict[str, Any]] = deque(maxlen=NOTICES)
-        self._notices_told = 0
-        self._noticed = 0
-        self._bundles: dict[str, dict[str, Any] | None] = {}
+        self._notices_changed = False
         self._viewers = Viewers()
-        self._close_ups: dict[int, _Close] = {}
+        self._close_ups: dict[int, CloseUp] = {}
         self._watching = 0
         self._ticker: asyncio.Task[None] | None = None
         self._stopping = self._closed = False
@@ -118,11 +95,9 @@ class Live(Observer):
     def opened(self, stream: Opened) -> None:
         """Keep it."""
         self._number += 1
-        if stream.bundle not in self._bundles:  # now: after a reload it may not be known any more
-            self._bundles[stream.bundle] = _facts(self._bundle_of(stream.bundle))
-        record = Record(
-            self._number, stream, keeps_text=self._text, hold_back=self._hold_back(stream.bundle)
-        )
+        self._bundles.learn(stream.bundle)
+        hold_back = self._bundles.hold_back(stream.bundle)
+        record = Record(self._number, stream, keeps_text=self._text, hold_back=hold_back)
         self._open[stream.ask.stream] = self._numbered[self._number] = record
         self._bytes += record.size
         self._new.add(self._number)
@@ -131,11 +106,8 @@ class Live(Observer):
 
     def event(self, stream: Opened, event: Event) -> None:
         """Keep what it tells."""
-        if event.type == "halted":
-            self._halts.halted(event.cause)
-            self._halts_changed = True
-        elif event.type in ("finished", "error"):
-            self._end(event)
+        if event.type != "released":
+            self._count(event)
         record = self._open.get(stream.ask.stream)
         if record is None or record.opened is not stream:
             return  # it had to make room
@@ -161,7 +133,7 @@ class Live(Observer):
         ]
         notice = {"at": time.time(), "kind": kind[:60], "facts": ", ".join(told)[:300]}
         self._notices.append(notice)
-        self._noticed += 1
+        self._notices_changed = True
         # Pages see the last streams end; then they go, or the server would wait for them.
         self._stopping |= kind == "stopping"
 
@@ -179,6 +151,17 @@ class Live(Observer):
             close_up.viewers.close()
         if self._ticker is not None:
             self._ticker.cancel()
+
+    def _count(self, event: Event) -> None:
+        if event.type == "halted":
+            self._halts.halted(event.cause)
+        elif event.type == "error":
+            self._halts.ended()
+            self._counts["errors"] += 1
+        elif event.type == "finished":
+            self._halts.ended()
+            self._counts["unscored"] += event.delivered_unscored or 0
+        self._halts_changed |= event.type in ("halted", "error", "finished")
 
     # ------------------------------------------------------------------ who looks
 
@@ -208,12 +191,9 @@ class Live(Observer):
         viewer = self._viewer()
         close_up = self._close_ups.get(number)
         if close_up is None:
-            close_up = self._close_ups[number] = _Close(record)
+            close_up = self._close_ups[number] = CloseUp(record)
             self._look(record, True)
-        self._tell_closely(close_up)
-        close_up.told_all()
-        viewer.send(message("stream", record.whole()))
-        close_up.viewers.join(viewer)
+        close_up.join(viewer)
         return viewer
 
     def leave(self, viewer: Viewer, number: int | None = None) -> None:
@@ -248,16 +228,20 @@ class Live(Observer):
         while True:
             await asyncio.sleep(TICK)
             try:
-                self._tell()
-                for close_up in tuple(self._close_ups.values()):
-                    self._tell_closely(close_up)
+                self.tell()
                 if self._stopping and not self._open:
                     self.close()
             except Exception:
                 _log.exception("the page was not told")
 
+    def tell(self) -> None:
+        """Tell everybody what has changed; :data:`TICK` seconds after the last time."""
+        self._tell()
+        for close_up in tuple(self._close_ups.values()):
+            close_up.tell()
+
     def _tell(self) -> None:
-        """Tell all viewers what has changed."""
+        """Tell those who look at everything."""
         rows = []
         for number, record in self._changed.items():
             rows.append(record.row() if number in self._new else record.changes())
@@ -267,14 +251,13 @@ class Live(Observer):
             news["halts"], news["counts"] = self._halts.counts(), self._counts
         if self._engine_changed:
             news["engine"] = self._engine
-        if self._noticed > self._notices_told:
+        if self._notices_changed:
             news["notices"] = list(self._notices)
         if self._new:
             news["bundles"] = self._known_bundles()
         worth_it = rows or self._gone or len(news) > 2
         self._changed, self._new, self._gone = {}, set(), []
-        self._halts_changed = self._engine_changed = False
-        self._notices_told = self._noticed
+        self._halts_changed = self._engine_changed = self._notices_changed = False
         if worth_it and len(self._viewers):
             self._viewers.send(message("changes", news))
 
@@ -290,29 +273,7 @@ class Live(Observer):
             "bundles": self._known_bundles(),
         }
 
-    def _tell_closely(self, close_up: _Close) -> None:
-        """Tell those who look at one stream what is new."""
-        record = close_up.record
-        if record.ended and not close_up.ended:  # now with what the monitor recorded
-            told = message("stream", record.whole())
-        else:
-            if close_up.knows_all():
-                return
-            # the last point once more: its scores may have come after its risk
-            points = max(close_up.points - 1, 0)
-            told = message("news", record.news(points, close_up.pieces, close_up.marks))
-        close_up.told_all()
-        close_up.viewers.send(told)
-
     # ------------------------------------------------------------------ bounds
-
-    def _end(self, event: Event) -> None:
-        self._halts.ended()
-        self._halts_changed = True
-        if event.type == "error":
-            self._counts["errors"] += 1
-        else:
-            self._counts["unscored"] += event.delivered_unscored or 0
 
     def _keep_bounds(self) -> None:
         while self._numbered and (
@@ -332,29 +293,6 @@ class Live(Observer):
             elif len(self._viewers):
                 self._gone.append(number)
 
-    def _hold_back(self, digest: str) -> int:
-        """Tokens a client stays behind; 1 for whole turns, whose pieces have no position."""
-        depth = (self._bundles[digest] or {}).get("hold_back", 1)
-        return depth if isinstance(depth, int) else 1
-
     def _known_bundles(self) -> dict[str, dict[str, Any] | None]:
-        """What the page needs of the bundles that kept streams are judged by."""
-        used = {record.opened.bundle for record in self._numbered.values()}
-        self._bundles = {digest: self._bundles[digest] for digest in used}
-        return self._bundles
-
-
-def _facts(bundle: Bundle | None) -> dict[str, Any] | None:
-    if bundle is None:
-        return None
-    policy = bundle.policy
-    return {
-        "tiers": {name: tier.model_dump(mode="json") for name, tier in policy.tiers.items()},
-        "hold_back": policy.hold_back,
-        "on_unscored": policy.on_unscored,
-        "segments": list(policy.segments),
-        "probes": [
-            {"name": probe.name, "hazard": probe.hazard, "reads": probe.reads}
-            for probe in bundle.bank.heads
-        ],
-    }
+        """Those that kept streams are judged by."""
+        return self._bundles.keep({record.opened.bundle for record in self._numbered.values()})

@@ -96,10 +96,11 @@ class Record:
         """Take an event; keeps :attr:`size` up to date."""
         if event.position is not None and event.risk is not None:
             self._judged(event.position, event.risk, event.scores)
-        if event.type == "admitted":
+        if event.type == "released":
+            if event.text:
+                self._piece(event.position, event.text)
+        elif event.type == "admitted":
             self.state, self.turned = "writing", True
-        elif event.type == "released" and event.text:
-            self._piece(event.position, event.text)
         elif event.type in ("verdict", "halted") and event.verdict is not None:
             self._mark(event)
         elif event.type == "finished":
@@ -169,7 +170,8 @@ class Record:
 
     def _judged(self, position: int, risk: float, scores: dict[str, float | None] | None) -> None:
         self.risk = risk
-        self.peak = max(self.peak, risk)
+        if risk > self.peak:
+            self.peak = risk
         if not self.positions or position > self.positions[-1]:  # several events tell of one token
             self.positions.append(position)
             self.risks.append(risk)

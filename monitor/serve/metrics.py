@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from midstream.serve.feed import EngineStats, Feed, Observer, Opened
 from midstream.streams import Event
+
+if TYPE_CHECKING:
+    from midstream.serve.audit import AuditLog
 
 MOST_LABELS = 64
 """Values that the labels of one counter may take; what comes later is counted as ``other``."""
@@ -141,13 +144,18 @@ class Metrics(Observer):
         """Export how often an observer of ``feed`` failed."""
         self.registry.register(_Failures(feed, self._model))
 
+    def watch_audit(self, log: AuditLog) -> None:
+        """Export whether the audit log is written, what waits, and what is missing in it."""
+        self.registry.register(_Audit(log, self._model))
+
     def _release(self, stream: Opened) -> None:
-        now, last = time.monotonic(), self._released[stream.ask.stream]
+        now, name = time.monotonic(), stream.ask.stream
+        last = self._released[name]
         if last is None:
             self._to_first.observe(now - stream.clock)
         else:
             self._between.observe(now - last)
-        self._released[stream.ask.stream] = now
+        self._released[name] = now
 
     def _end(self, stream: Opened, event: Event) -> None:
         del self._released[stream.ask.stream]
@@ -230,6 +238,30 @@ class _Failures(Collector):
         )
         family.add_metric((self._model,), self._feed.failures)
         yield family
+
+
+class _Audit(Collector):
+    """How the audit log is doing; it is asked when somebody scrapes."""
+
+    def __init__(self, log: AuditLog, model: str) -> None:
+        self._log = log
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        log = self._log
+        for kind, name, help, value in (
+            (
+                GaugeMetricFamily,
+                "failing",
+                "1 while the log cannot be written.",
+                log.failing is not None,
+            ),
+            (GaugeMetricFamily, "waiting_bytes", "What waits to be written.", log.waiting_bytes),
+            (CounterMetricFamily, "records_missing", "Records without room.", log.missing),
+        ):
+            family = kind(f"{_PREFIX}audit_{name}", help, labels=_MODEL)
+            family.add_metric((self._model,), value)
+            yield family
 
 
 def metrics_router(

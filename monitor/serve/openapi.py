@@ -54,10 +54,14 @@ class Error(BaseModel):
 
 
 class Choice(BaseModel):
-    """The one choice of a response; Azure's annotations beside it where asked for."""
+    """The one choice of a response; Azure's annotations beside it where asked for.
+
+    ``stop_reason`` is there where it was halted, and the policy has a message for that.
+    """
 
     index: int
     finish_reason: str
+    stop_reason: str | None = None
 
 
 class Usage(BaseModel):

@@ -49,6 +49,8 @@ class End:
     completion_tokens : int
     checked, length : int
         Characters judged, and characters that left.
+    halt_message : str, optional
+        What the policy has clients told, where the response was halted.
     """
 
     finish_reason: str | None
@@ -57,6 +59,7 @@ class End:
     completion_tokens: int
     checked: int
     length: int
+    halt_message: str | None = None
 
 
 class ClientGoneError(Exception):
@@ -86,6 +89,7 @@ class Relay:
         self._released = 0
         self._checked = 0
         self._report: StreamReport | None = None
+        self._halted = False
 
     def cut(self, error: ApiError) -> None:
         """Break the response off soon, with this as its end."""
@@ -116,7 +120,8 @@ class Relay:
                 self.stream.cancel()
         tokens = self.stream.completion_tokens
         checked = min(self._checked, self._length)
-        return End(reason, error, self._report, tokens, checked, self._length)
+        told = self.stream.halt_message if self._halted and not self._stops.hit else None
+        return End(reason, error, self._report, tokens, checked, self._length, told)
 
     async def _timed(self, deliver: Callable[[Piece], None]) -> tuple[str | None, ApiError | None]:
         loop = asyncio.get_running_loop()
@@ -150,6 +155,8 @@ class Relay:
                 self._begin()
             if isinstance(event, Released):
                 self._release(event.text, event.risk is not None)
+            elif event.type == "halted":
+                self._halted = True
             elif event.type == "finished":
                 self._report = event.report
                 self._end(event.message, self._cut or cancelled())

@@ -130,7 +130,7 @@ class Writer:
         """The last chunks, and the mark after them."""
         if end.error is not None:
             return failed(end.error)
-        annotation = _final(end) if self._annotates else {}
+        annotation = self._annotation(end)
         last = self._chunk({} if self._chat else "", annotation, end.finish_reason)
         parts = [_sse({**last, "midstream": Facts.of(end.report)})]
         if self._usage:
@@ -145,7 +145,7 @@ class Writer:
             if self._chat
             else {"text": text}
         )
-        annotation = _final(end) if self._annotates else {}
+        annotation = self._annotation(end)
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": end.finish_reason}
         return {
             **self._head,
@@ -154,6 +154,12 @@ class Writer:
             "usage": _usage(prompt_tokens, end.completion_tokens),
             "midstream": Facts.of(end.report),
         }
+
+    def _annotation(self, end: End) -> dict[str, Any]:
+        """What a choice has beside the usual, at the end."""
+        # Where vLLM has it, too: a message among the text would count as the model's words.
+        told = {} if end.halt_message is None else {"stop_reason": end.halt_message}
+        return {**told, **(_final(end) if self._annotates else {})}
 
     def _chunk(
         self, said: Any, annotation: dict[str, Any] | None = None, finish_reason: str | None = None

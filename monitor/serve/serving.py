@@ -45,6 +45,12 @@ class LocalStream(Events):
         self.opened: Opened | None = None
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def halt_message(self) -> str | None:
+        """What the policy has clients told of a halt."""
+        assert self.serving.ready is not None
+        return self.serving.ready.policy.on_halt.message
+
     def cancel(self) -> None:
         """Free its slot before the next step."""
         self.send(Cancel(self.ask.stream))

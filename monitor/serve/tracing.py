@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass
 from time import monotonic
 
+from midstream.ledger.ledger import conversation_key
 from midstream.serve.feed import Observer, Opened
 from midstream.streams import Event
 
@@ -149,8 +150,8 @@ class Tracing(Observer):
         }
         if ask.client:
             attributes[Names.CLIENT] = ask.client
-        if ask.conversation is not None:
-            attributes[Names.CONVERSATION] = ask.conversation
+        if ask.conversation_id is not None:  # clients put names and addresses into their own ids
+            attributes[Names.CONVERSATION] = conversation_key(ask.conversation_id)
         span = self._tracer.start_span(
             f"{operation} {ask.model}",
             context=self._parents.extract(ask.trace),

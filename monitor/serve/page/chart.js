@@ -116,7 +116,7 @@ export class RiskChart {
 // A probe's logits. Cut at 5 either way: beyond that the odds are under 1 to 148.
 const CUT = 5;
 
-export function drawEvidence(box, positions, probes, cause) {
+export function drawEvidence(box, positions, probes, { cause, ended }) {
   while (box.children.length > probes.length) box.lastChild.remove();
   probes.forEach((probe, i) => {
     const figure = box.children[i] ?? box.appendChild(panel());
@@ -125,8 +125,10 @@ export function drawEvidence(box, positions, probes, cause) {
     setText(caption.children[0], probe.name);
     setText(caption.children[1], probe.hazard);
     const shown = probe.values.filter((value) => value !== null);
-    const most = shown.length ? Math.max(...shown).toFixed(1) : "–";
-    setText(caption.children[2], shown.length ? `now ${shown.at(-1).toFixed(1)}, most ${most}` : "–");
+    const said = (logit) => logit.toFixed(1).replace(/^-0\.0$/, "0.0");
+    const most = shown.reduce((a, b) => Math.max(a, b), -Infinity);
+    setText(caption.children[2], !shown.length ? "–"
+      : `${ended ? "last" : "now"} ${said(shown.at(-1))}, most ${said(most)}`);
     const width = plot.clientWidth;
     const height = plot.clientHeight;
     const from = positions[0] ?? 0;

@@ -126,14 +126,14 @@ export class Detail {
       ["bundle", stream.bundle.slice(0, 12)],
       ["began", clock(stream.at)],
       [stream.ended ? "took" : "for", duration(seconds)],
-      ["left", count(stream.left, "token")],
+      ["released", count(stream.left, "token")],
       ["peak risk", risk4(stream.peak)],
       ...(report ? [["scored", String(report.scored)], ["unscored", String(report.unscored)]] : []),
     ]);
     const horizon = levels?.horizon;
     setText($("risk-title"), horizon === undefined ? "Risk"
-      : horizon === 0 ? "Risk: chance that it is violated now"
-        : `Risk: chance that it is violated within ${count(horizon, "token")}`);
+      : horizon === 0 ? "Risk: chance of a violation now"
+        : `Risk: chance of a violation within ${count(horizon, "token")}`);
   }
 
   text() {
@@ -228,8 +228,8 @@ export class Detail {
         ...probe,
         values: probe.values.slice(stream.positions.length - this.curve.positions.length),
       }));
-    drawEvidence($("evidence"), this.curve.positions, probes, stream.cause);
-    const about = "Logit of each token; the line is even odds, cut at ±5.";
+    drawEvidence($("evidence"), this.curve.positions, probes, stream);
+    const about = "Logit of each token, drawn up to ±5; the line is even odds.";
     setText($("evidence-note"), scored ? about
       : stream.ended ? "The monitor kept no scores of this stream." : "Comes with the stream's end.");
   }

@@ -32,7 +32,7 @@ export class List {
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const inList = event.target === this.box;
-    if (!inList && event.target.closest("input, select, dialog, [role=slider], #text")) return;
+    if (event.target.closest("select, dialog")) return; // there, letters choose and are written
     const page = Math.max(1, Math.floor(this.box.clientHeight / HEIGHT) - 1);
     const arrows = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 };
     const step = { j: 1, k: -1 }[event.key] ?? (inList ? arrows[event.key] : undefined);
@@ -84,6 +84,7 @@ export class List {
     const rows = this.store.shown;
     const height = `${rows.length * HEIGHT}px`;
     if (this.inner.style.height !== height) this.inner.style.height = height;
+    $("none").hidden = rows.length > 0 || this.store.rows.size === 0;
     if (rows !== this.drawn) this.#stay(rows);
     this.drawn = rows;
     this.draw();

@@ -100,7 +100,7 @@ function drawHeader() {
   if (notice && notice !== drawHeader.notice) {
     drawHeader.notice = notice;
     $("notices").replaceChildren(`${clock(notice.at)}  `, el("b", "", notice.kind.replaceAll("_", " ")),
-      `  ${notice.facts}`);
+      `  ${notice.facts.replace(/\b([0-9a-f]{12})[0-9a-f]{52}\b/g, "$1")}`);
   }
 }
 
