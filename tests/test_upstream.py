@@ -16,15 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midstream.serve.event_stream import EventStreamError, EventStreamReader, ServerSentEvent
-from midstream.serve.upstream import (
-    FINISH_REASONS,
-    MAX_TEXT,
-    Answer,
-    Delta,
-    Upstream,
-    UpstreamConfigError,
-    UpstreamError,
-)
+from midstream.serve.upstream import MAX_TEXT, Upstream, UpstreamConfigError
+from midstream.serve.upstream_answer import FINISH_REASONS, Answer, Delta, UpstreamError
 
 # --------------------------------------------------------------------------- event streams
 

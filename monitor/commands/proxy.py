@@ -71,7 +71,8 @@ def proxy(
     from midstream.serve.assemble import Watch, assemble
     from midstream.serve.feed import Feed
     from midstream.serve.keys import Keys, read_private
-    from midstream.serve.proxy import SENT_ON, ProxyEngine
+    from midstream.serve.proxy import ProxyEngine
+    from midstream.serve.proxy_request import SENT_ON
     from midstream.serve.run import run
     from midstream.serve.upstream import Patience, Upstream
 

@@ -163,7 +163,7 @@ class Relay:
                 if self._stops.hit:
                     return "stop", None
                 await self._pass(self._stops.finish(), deliver)
-                return None, engine_error()
+                return None, engine_error(event.cause)
             elif event.type == "finished":
                 self._ended = True
                 self._report = event.report
@@ -188,8 +188,17 @@ class Relay:
             await deliver(Piece(text, start, min(self._checked, self._length)))
 
 
-def engine_error() -> ApiError:
+_UPSTREAM = {
+    "upstream_timeout": (504, "the upstream stopped sending before the response was whole"),
+    "upstream_error": (502, "the upstream's response broke off or cannot be passed on"),
+}
+
+
+def engine_error(cause: str | None = None) -> ApiError:
     """What a client is told of a failure: nothing of the insides, which the log has."""
+    if cause in _UPSTREAM:
+        status, told = _UPSTREAM[cause]
+        return ApiError(status, f"{told}; try again", code=cause)
     return ApiError(500, "the engine failed while it wrote; try again", code="engine_error")
 
 

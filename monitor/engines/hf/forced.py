@@ -30,7 +30,7 @@ from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatc
 from midstream.engines.hf.forced_pass import feed
 from midstream.engines.hf.forced_prompt import PromptError, PromptLengthError, encode_prompt
 from midstream.engines.hf.forced_stream import ForcedStream
-from midstream.engines.hf.growing_text import GrowingText, Piece, literal
+from midstream.engines.hf.growing_text import GrowingText, Piece, blank, literal
 from midstream.engines.hf.slot_cache import SlotCache, check_cache, window_for
 from midstream.engines.hf.streaming import Prompt
 from midstream.kernels.tables import Verdict
@@ -55,7 +55,8 @@ class ForcedStreams:
 
     Use it as a context manager. A stream has at most ``window`` tokens, those of its prompt
     included. What comes after them is unscored: it leaves so, counted, where the policy's
-    ``on_unscored`` is ``pass``; else the stream is halted there.
+    ``on_unscored`` is ``pass``; else the stream is halted there. A token that comes with characters
+    which the tokenizer drops is unscored, too, and treated as any such.
 
     Parameters
     ----------
@@ -93,6 +94,11 @@ class ForcedStreams:
         self._body = getattr(model, model.base_model_prefix, model)
         self._streams: dict[str, ForcedStream] = {}
         self._told: dict[ForcedStream, list[Event]] = {}
+        self._of_unscored = {
+            "pass": Verdict.CONTINUE,
+            "hold": Verdict.HOLD,
+            "halt": Verdict.HALT,
+        }[monitor.policy.on_unscored]
         self._turn_of_few = True
         self.rows = 0
         """Tokens that the last step fed."""
@@ -241,21 +247,24 @@ class ForcedStreams:
         risks = table.trace_risk[stream.slot][cells].tolist()
         cause = self.monitor.cause_name(int(table.cause[stream.slot]))
         logits = table.trace_logits[stream.slot][cells].tolist() if stream.closely else []
-        for position, verdict, risk in zip(positions, verdicts, risks, strict=True):
+        for position, number, risk in zip(positions, verdicts, risks, strict=True):
             known = risk if risk == risk else None  # NaN where it was unscored
+            verdict, why, scored = Verdict(number), cause, known is not None
             if position >= stream.prompt_tokens:
-                session.push(position, pieces[position - begin].text)
+                piece = pieces[position - begin]
+                session.push(position, piece.text)
+                if piece.unread:
+                    scored, verdict = False, max(verdict, self._of_unscored)
+                    why = "unscored" if verdict != number else cause
             if stream.closely:
-                facts = {"position": position, "risk": known, "verdict": Verdict(verdict).name}
+                facts = {"position": position, "risk": known, "verdict": verdict.name}
                 scores = self._scores(logits[position - positions[0]])
-                self._tell(stream, session.event("scored", cause=cause, scores=scores, **facts))
-            leaving, events = session.judge(
-                position, Verdict(verdict), known, cause, scored=known is not None
-            )
+                self._tell(stream, session.event("scored", cause=why, scores=scores, **facts))
+            leaving, events = session.judge(position, verdict, known, why, scored=scored)
             self._release(stream, leaving, position, known)
             self._tell(stream, *events)
             if session.phase == Phase.HALTED:
-                self._end(stream, "stop")
+                self._end(stream, self.monitor.policy.on_halt.finish_reason, halted_at=position)
                 return
         self._settle(stream)
 
@@ -266,21 +275,25 @@ class ForcedStreams:
     def _settle(self, stream: ForcedStream) -> None:
         """Go on where nothing can be fed: at the window's end, and at the text's."""
         if stream.pending and stream.fed >= self.window:
-            self._pass_by(stream)
-        if stream.reason is not None and not stream.pending and not stream.ended:
+            self._pass_by(stream, f"the watching model's window of {self.window} tokens is full")
+        if stream.reason is None or stream.pending or stream.ended:
+            return
+        if not blank(rest := stream.text.rest):
+            stream.pending.append(Piece(-1, rest))
+            self._pass_by(stream, "the watching model's tokenizer drops the text's last characters")
+        if not stream.ended:
             self._end(stream, stream.reason)
 
-    def _pass_by(self, stream: ForcedStream) -> None:
-        """Do what the policy says with tokens that do not fit in the window."""
+    def _pass_by(self, stream: ForcedStream, why: str) -> None:
+        """Do what the policy says with what waits and cannot be fed."""
         session, policy = stream.session, self.monitor.policy
         facts = {"position": stream.fed, "cause": "unscored"}
-        full = f"the watching model's window of {self.window} tokens is full"
         if policy.on_unscored != "pass" or session.phase == Phase.HELD:
-            self._tell(stream, *session.withhold(message=full, **facts))
-            self._end(stream, policy.on_halt.finish_reason)
+            self._tell(stream, *session.withhold(message=why, **facts))
+            self._end(stream, policy.on_halt.finish_reason, halted_at=stream.fed)
             return
         if not stream.passed:
-            message = f"{full}; what follows leaves unscored, as the policy says"
+            message = f"{why}; what follows leaves unscored, as the policy says"
             self._tell(
                 stream, session.event("verdict", verdict="CONTINUE", message=message, **facts)
             )
@@ -296,13 +309,16 @@ class ForcedStreams:
                 texts = session.finish() + texts
             self._release(stream, texts, None, None)
 
-    def _end(self, stream: ForcedStream, reason: str) -> None:
-        """Free the slot, let go what leaves with the end, and tell the end."""
+    def _end(self, stream: ForcedStream, reason: str, halted_at: int | None = None) -> None:
+        """Free the slot, let go what leaves with the end, and tell the end.
+
+        ``halted_at`` is where it was halted for what the monitor did not see.
+        """
         session = stream.session
         leaves = session.phase not in (Phase.HELD, Phase.HALTED)
         halted = session.phase == Phase.HALTED
         texts = [] if session.phase == Phase.FINISHED else session.finish()
-        if leaves and stream.reason is not None and not stream.pending:
+        if leaves and stream.reason is not None and not stream.pending and blank(stream.text.rest):
             texts.append(stream.text.rest)  # no token's: nothing there to judge
         broke = stream.error is not None and not halted
         report = self.monitor.retire(
@@ -312,12 +328,13 @@ class ForcedStreams:
         )
         if halted and report.verdict != "HALT":
             report = report.model_copy(
-                update={"verdict": "HALT", "cause": "unscored", "halted_at": stream.fed}
+                update={"verdict": "HALT", "cause": "unscored", "halted_at": halted_at}
             )
         self._forget(stream)
         self._release(stream, texts, None, report.risk)
         if broke:
-            self._tell(stream, session.event("error", message=stream.error, **stream.delivered))
+            facts = {"message": stream.error, "cause": stream.reason, **stream.delivered}
+            self._tell(stream, session.event("error", **facts))
             return
         facts = {"risk": report.risk, "verdict": report.verdict, "cause": report.cause}
         facts |= stream.delivered

@@ -62,7 +62,8 @@ class ForcedStream:
     def finish(self, reason: str, error: str | None = None) -> None:
         """Say that no more text comes, and with what finish reason; or why it broke off.
 
-        What has come is judged, and leaves if it may, in either case.
+        What has come is judged, and leaves if it may, in either case. Where it broke off the reason
+        is a code, which the ``error`` event has as its cause.
         """
         if not self.ended and self.reason is None:
             self.reason, self.error = reason, error
