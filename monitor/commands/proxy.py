@@ -15,11 +15,14 @@ from midstream.commands.serve import (
     AuditText,
     Drain,
     Host,
+    LedgerAddress,
     OnAuditFailure,
     Otel,
     Page,
     Port,
     SettingsFile,
+    behind_gate,
+    check_options,
     log_to_stderr,
     read_settings,
 )
@@ -60,16 +63,16 @@ def proxy(
     audit_sync: AuditSync = "every-second",
     on_audit_failure: OnAuditFailure = "serve",
     otel: Otel = None,
+    ledger: LedgerAddress = None,
 ) -> None:
     """Stand between clients and an OpenAI-compatible API; cut streams that a local model halts.
 
     The model and its bundle, or the testbed's, read along what the API writes. At SIGHUP the bundle
     is read again; at SIGTERM streams may end before the server does.
     """
-    if model is not None and bundle is None:
-        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    check_options(model, bundle, ledger)
     from midstream.serve.assemble import Watch, assemble
-    from midstream.serve.feed import Feed
+    from midstream.serve.gated import HeldFeed
     from midstream.serve.keys import Keys, read_private
     from midstream.serve.proxy import ProxyEngine
     from midstream.serve.proxy_request import SENT_ON
@@ -80,7 +83,7 @@ def proxy(
     keys = Keys() if api_keys is None else Keys.load(api_keys)
     log_to_stderr()
 
-    feed = Feed()
+    feed = HeldFeed()
     engine = ProxyEngine(
         feed,
         Upstream(
@@ -104,12 +107,6 @@ def proxy(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
-    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch)
-    run(
-        app,
-        host=host,
-        port=port,
-        drain=drain,
-        start=engine.start,
-        reload=lambda: engine.reload(bundle),
-    )
+    with behind_gate(engine, feed, bundle, ledger, limits) as (served, reload, limits):
+        app = assemble(served, feed, settings=limits, keys=keys, watch=watch)
+        run(app, host=host, port=port, drain=drain, start=engine.start, reload=reload)

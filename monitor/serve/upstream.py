@@ -19,6 +19,7 @@ import httpx
 
 from midstream.serve.errors import ApiError
 from midstream.serve.upstream_answer import Answer, UpstreamError, json_object
+from midstream.serve.upstream_transport import UpstreamTransport
 
 _log = logging.getLogger(__name__)
 
@@ -93,11 +94,12 @@ class Upstream:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise UpstreamConfigError("the upstream's key: expected printable ASCII, no blanks")
             headers["authorization"] = f"Bearer {key}"
+        base = _base(url)
         self._client = httpx.AsyncClient(
-            base_url=_base(url),
+            transport=UpstreamTransport(connections, secure=base.scheme == "https"),
+            base_url=base,
             headers=headers,
-            timeout=httpx.Timeout(None, connect=self._patience.connect, pool=self._patience.first),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            timeout=httpx.Timeout(None, connect=self._patience.connect),
             follow_redirects=False,
             trust_env=False,
         )

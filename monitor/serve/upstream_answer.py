@@ -6,8 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -38,8 +37,7 @@ class UpstreamStalledError(UpstreamError):
     code = "upstream_timeout"
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """A part of the response: text, and at its end the reason."""
 
     text: str

@@ -333,8 +333,8 @@ class ForcedStreams:
         self._forget(stream)
         self._release(stream, texts, None, report.risk)
         if broke:
-            facts = {"message": stream.error, "cause": stream.reason, **stream.delivered}
-            self._tell(stream, session.event("error", **facts))
+            why = {"message": stream.error, "cause": stream.reason}
+            self._tell(stream, session.event("error", **why, **stream.delivered))
             return
         facts = {"risk": report.risk, "verdict": report.verdict, "cause": report.cause}
         facts |= stream.delivered
