@@ -121,6 +121,12 @@ FAULTS: dict[str, Play] = {
     "nothing": sends(close=True),
     "half a head": sends(OK + b"x: ", close=True),
     "a head without end": sends(OK, *[b"x: " + b"y" * 4096 + b"\r\n"] * (MAX_HEAD // 4096 + 1)),
+    "trailers without end": sends(
+        CHUNKED, b"5\r\nhello\r\n0\r\n", *[b"x: " + b"y" * 4096 + b"\r\n"] * (MAX_HEAD // 4096 + 1)
+    ),
+    "a trailer without end": sends(
+        CHUNKED, b"5\r\nhello\r\n0\r\nx: ", *[b"y" * 4096] * (MAX_HEAD // 4096 + 1)
+    ),
     "two lengths": sends(OK + b"content-length: 5\r\ncontent-length: 6\r\n\r\nhello!"),
     "length and chunks": sends(OK + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"),
     "a negative length": sends(OK + b"content-length: -5\r\n\r\n"),

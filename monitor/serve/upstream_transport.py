@@ -15,7 +15,7 @@ import httptools
 import httpx
 
 MAX_HEAD = 1 << 16
-"""Bytes of an answer before its body, at most."""
+"""Bytes of an answer before its body, or behind a part of it, that are no more of it, at most."""
 IDLE = 5.0
 """Seconds that a connection waits to be used again; upstreams close theirs at their own time."""
 _WAITING = 1 << 16  # bytes that nobody has read yet, from which on the socket is left alone
@@ -125,7 +125,7 @@ class _Connection(asyncio.Protocol):
         """Be ready for another answer."""
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
-        self._head = 0  # bytes of it
+        self._head = 0  # bytes since the last one of a body
         self._status = 0  # once the headers are complete
         self._until_closed = False  # the body, for want of a length
         self._lasts = False  # the connection, beyond this answer
@@ -199,13 +199,12 @@ class _Connection(asyncio.Protocol):
         if not self._asked or self._lost is not None:
             self.abort()
             return
-        if not self._status:
-            self._head += len(data)
+        self._head += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(f"no HTTP: {type(error).__name__}")
-        if not self._status and self._head > MAX_HEAD:
+        if self._head > MAX_HEAD:
             self._fail(f"more than {MAX_HEAD} bytes of headers")
         self._wake()
 
@@ -239,6 +238,7 @@ class _Connection(asyncio.Protocol):
         """Of httptools."""
         if self._complete:  # nobody asked for another answer
             return
+        self._head = 0
         self._parts.append(body)
         before, self._waiting = self._waiting, self._waiting + len(body)
         if before < _WAITING <= self._waiting and self._transport is not None:
