@@ -14,6 +14,10 @@ proxy_hold_back_ms
     What a token waits so for the one behind it, in the median: about the upstream's pace.
 direct_ms, direct_p99_ms
     From the upstream's sending to the client's having, without the proxy.
+front_cpu_us, worker_cpu_us
+    Time of a core that each process of the proxy takes for a token: what is left to compare where
+    other work has the cores. A worker that is kept waiting feeds more tokens in a pass, so its own
+    is less then.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ import subprocess
 import sys
 import time
 from typing import Any
+
+import psutil
 
 from midstream import testbed
 
@@ -179,7 +185,15 @@ def scripts(count: int, tokens: int) -> tuple[list[Any], list[list[str]]]:
     return chats[:count], texts[:count]
 
 
-async def measure(upstream: int, proxy: int, chats: list[Any], texts: list[list[str]]) -> Any:
+def seconds_of(process: psutil.Process) -> float:
+    """Time of a core that it has taken."""
+    taken = process.cpu_times()
+    return float(taken.user + taken.system)
+
+
+async def measure(
+    upstream: int, proxy: int, process: psutil.Process, chats: list[Any], texts: list[list[str]]
+) -> Any:
     """Alternate direct runs and runs through the proxy."""
     deadline = time.monotonic() + _WAIT
     while True:
@@ -193,10 +207,13 @@ async def measure(upstream: int, proxy: int, chats: list[Any], texts: list[list[
         await asyncio.sleep(0.2)
     await run(proxy, "warm", chats)
     came = {}
+    worker = max(process.children(), key=lambda child: int(child.memory_info().rss))
+    before = [seconds_of(one) for one in (process, worker)]
     for number in range(ROUNDS):
         for kind, port in (("direct", upstream), ("proxied", proxy)):
             came[f"{kind}{number}"] = await run(port, f"{kind}{number}", chats)
             print(f"{kind} {number} done", file=sys.stderr)
+    taken = [seconds_of(one) - begun for one, begun in zip((process, worker), before, strict=True)]
     sent: Times = json.loads((await get(upstream, "/"))[1])
     found: dict[str, list[float]] = {"direct": [], "proxied": [], "held": []}
     for name, streams in came.items():
@@ -206,7 +223,7 @@ async def measure(upstream: int, proxy: int, chats: list[Any], texts: list[list[
             added, held = delays(texts[index], times, stream, waits=kind == "proxied")
             found[kind] += added
             found["held"] += held if kind == "proxied" else []
-    return found
+    return found, [round(1e6 * seconds / len(found["proxied"]), 1) for seconds in taken]
 
 
 def percentile(values: list[float], share: int) -> float:
@@ -231,7 +248,8 @@ def main() -> None:
     options += ["--port", str(port), "--slots", str(streams), "--page", "off"]
     proxy = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
     try:
-        found = asyncio.run(measure(upstream, port, chats, texts))
+        watched = psutil.Process(proxy.pid)
+        found, (front, worker) = asyncio.run(measure(upstream, port, watched, chats, texts))
     finally:
         proxy.terminate()
         proxy.wait()
@@ -246,6 +264,8 @@ def main() -> None:
         "proxy_hold_back_ms": percentile(found["held"], 50),
         "direct_ms": direct,
         "direct_p99_ms": percentile(found["direct"], 99),
+        "front_cpu_us": front,
+        "worker_cpu_us": worker,
     }
     print(json.dumps(result))
 

@@ -176,10 +176,11 @@ class Event(BaseModel):
 
     ``position`` counts tokens from the start of the prompt. ``text`` is there on ``released``
     events of engines that decode, ``report`` on ``finished`` ones. ``cause`` names the probe with
-    the largest hazard, or ``unscored``. ``scores``, on ``scored`` events of streams that somebody
-    looks at closely, are the token's logits by probe; None where one was not finite. ``delivered``
-    is there on ``finished`` and ``error`` events of engines that count what leaves: tokens of the
-    response, and how many of them had no score.
+    the largest hazard, or ``unscored``; on ``error`` events, where there is one, what failed.
+    ``scores``, on ``scored`` events of streams that somebody looks at closely, are the token's
+    logits by probe; None where one was not finite. ``delivered`` is there on ``finished`` and
+    ``error`` events of engines that count what leaves: tokens of the response, and how many of them
+    had no score.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -25,7 +25,10 @@ from midstream.serve.app import create_app
 from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
-from midstream.serve.proxy import AHEAD, SENT_ON, ProxyEngine, upstream_body
+from midstream.serve.metrics import Metrics
+from midstream.serve.proxy import ProxyEngine
+from midstream.serve.proxy_pump import AHEAD
+from midstream.serve.proxy_request import SENT_ON, upstream_body
 from midstream.serve.settings import ANSWERED_HERE, Settings
 from midstream.serve.upstream import Patience, Upstream
 from midstream.streams import Event
@@ -349,6 +352,7 @@ def test_every_fault_ends_the_stream_with_an_error_and_nothing_unjudged(
     assert text_of(events) == ("w7 w8 " if some else "")
     assert [e.type for e in events if e.type in ("error", "finished", "halted")] == ["error"]
     assert told in str(events[-1].message)
+    assert events[-1].cause == ("upstream_timeout" if fault == "stalls" else "upstream_error")
     assert "secret" not in str(events[-1].message)
     assert KEY not in caplog.text
     assert "w7" not in caplog.text
@@ -448,9 +452,11 @@ def test_refusals_of_the_upstream_become_standard_errors(
         assert refused.retry_after == 7.0
     assert KEY not in caplog.text
 
-    events = front.seen.streams[f"s{front._count}"]
-    front.run(until(lambda: [e.type for e in events[-1:]] == ["error"]))
-    assert code in str(events[-1].message)
+    # The front tells of it. What the worker still says of it comes before this stream ends.
+    refused_stream = f"s{front._count}"
+    assert text_of(front.run(front.answer(say("w9")))) == "w9"
+    assert refused_stream not in front.seen.streams
+    assert not front.engine._feed._refused
 
 
 @pytest.mark.parametrize(
@@ -650,6 +656,60 @@ def test_behind_the_http_front(front: Proxy) -> None:
     assert refused.json()["error"]["code"] == "upstream_rate_limit"
     tools = front.run(post(say("w7"), tools=[{"type": "function"}]))
     assert (tools.status_code, tools.json()["error"]["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [("stalls", 504, "upstream_timeout"), ("nonsense", 502, "upstream_error")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_are_told_that_it_was_the_upstream(
+    front: Proxy, fault: str, status: int, code: str, stream: bool
+) -> None:
+    app = create_app(front.engine, Feed(), Settings())
+    front.upstream.play = FAULTS[fault][0]
+
+    async def post() -> httpx.Response:
+        body = {"model": "watched", "messages": [{"role": "user", "content": "w5"}]}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
+            return await client.post("/v1/chat/completions", json={**body, "stream": stream})
+
+    answer = front.run(post())
+    if stream:
+        *_, last, done = [line[6:] for line in answer.text.splitlines() if line]
+        assert done == "[DONE]"
+        error = json.loads(last)["error"]
+    else:
+        assert answer.status_code == status
+        error = answer.json()["error"]
+    assert (error["code"], error["type"]) == (code, "server_error")
+    assert "JSON" not in error["message"]
+
+
+def test_a_request_that_the_upstream_refuses_is_counted_once(front: Proxy) -> None:
+    metrics, engine_feed = Metrics("watched"), front.engine._feed
+    engine_feed.add(metrics)
+    app = create_app(front.engine, Feed([metrics]), Settings())
+    front.upstream.play = lambda c: c.answer("500 Oh", b"")
+
+    async def post() -> httpx.Response:
+        body = {"model": "watched", "messages": [{"role": "user", "content": "w5"}]}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
+            return await client.post("/v1/chat/completions", json=body)
+
+    assert front.run(post()).status_code == 502
+    front.run(front.answer(say("w9")))
+    engine_feed._observers.remove(metrics)
+
+    def count(name: str, **labels: str) -> float | None:
+        labels["model_name"] = "watched"
+        return metrics.registry.get_sample_value(f"midstream:{name}_total", labels)
+
+    assert count("requests_refused", status="502", code="upstream_failed") == 1
+    assert count("requests_finished", finished_reason="error") == 0
+    assert count("requests_finished", finished_reason="stop") == 1
 
 
 async def killed(made: Proxy) -> None:

@@ -24,7 +24,8 @@ from midstream.serve.live import Live
 from midstream.serve.live_routes import live_router
 from midstream.serve.local import LocalEngine
 from midstream.serve.relay import ClientGoneError, Relay
-from midstream.serve.rotation import ReloadError, Rotation
+from midstream.serve.reloads import ReloadError
+from midstream.serve.rotation import Rotation
 from midstream.serve.run import allow_sockets
 from midstream.serve.serving import Serving
 from midstream.serve.settings import Settings

@@ -24,7 +24,7 @@ from midstream import testbed
 from midstream.engines.hf import manager as seams
 from midstream.policy import Thresholds
 from midstream.serve.errors import ApiError
-from midstream.serve.local import ReloadError
+from midstream.serve.reloads import ReloadError
 from midstream.serve.workers import WorkerError
 
 pytestmark = pytest.mark.skipif(

@@ -29,7 +29,7 @@ from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Opened
 from midstream.serve.gated import GatedEngine, HeldFeed
-from midstream.serve.local import ReloadError
+from midstream.serve.reloads import ReloadError
 from midstream.serve.settings import Settings
 from midstream.streams import Event, StreamReport, Trace
 

@@ -16,15 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midstream.serve.event_stream import EventStreamError, EventStreamReader, ServerSentEvent
-from midstream.serve.upstream import (
-    FINISH_REASONS,
-    MAX_TEXT,
-    Answer,
-    Delta,
-    Upstream,
-    UpstreamConfigError,
-    UpstreamError,
-)
+from midstream.serve.upstream import MAX_TEXT, Upstream, UpstreamConfigError
+from midstream.serve.upstream_answer import FINISH_REASONS, Answer, Delta, UpstreamError
 
 # --------------------------------------------------------------------------- event streams
 
@@ -93,6 +86,13 @@ def test_no_bytes_do_more_than_be_refused(data: bytes, places: list[int]) -> Non
         assert found == read([data])
 
 
+def test_what_is_complete_before_a_fault_is_given_out() -> None:
+    events = EventStreamReader().feed(b"data: a\n\ndata: \xff\n\n")
+    assert next(events).data == "a"
+    with pytest.raises(EventStreamError):
+        next(events)
+
+
 def test_sizes_are_bound_whether_in_one_line_or_in_many() -> None:
     assert read([b"data: " + b"x" * 90 + b"\n\n"] * 5, max_event=100)
     for data in (b"data: " + b"x" * 95, b"data: xx\n" * 13, b":" * 101, b": x\n" * 40):
@@ -104,7 +104,7 @@ def test_sizes_are_bound_whether_in_one_line_or_in_many() -> None:
 def test_a_byte_at_a_time_costs_no_more_than_its_length() -> None:
     reader, begun = EventStreamReader(max_event=1 << 18), time.thread_time()
     for _ in range(200_000):  # half a second; minutes where each byte means a look at all before
-        reader.feed(b"x")
+        assert not [*reader.feed(b"x")]
     assert time.thread_time() - begun < 60
 
 

@@ -15,11 +15,14 @@ from midstream.commands.serve import (
     AuditText,
     Drain,
     Host,
+    LedgerAddress,
     OnAuditFailure,
     Otel,
     Page,
     Port,
     SettingsFile,
+    behind_gate,
+    check_options,
     log_to_stderr,
     need_libraries,
     read_settings,
@@ -62,22 +65,23 @@ def proxy(
     audit_sync: AuditSync = "every-second",
     on_audit_failure: OnAuditFailure = "serve",
     otel: Otel = None,
+    ledger: LedgerAddress = None,
 ) -> None:
     """Stand between clients and an OpenAI-compatible API; cut streams that a local model halts.
 
     The model and its bundle, or the testbed's, read along what the API writes. At SIGHUP the bundle
     is read again; at SIGTERM streams may end before the server does.
     """
-    if model is not None and bundle is None:
-        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    check_options(model, bundle, ledger)
     need_libraries()
     from midstream.serve.reloads import Reloads
 
     reloads = context.with_resource(Reloads())  # what follows takes seconds
     from midstream.serve.assemble import Watch, assemble
-    from midstream.serve.feed import Feed
+    from midstream.serve.gated import HeldFeed
     from midstream.serve.keys import Keys, read_private
-    from midstream.serve.proxy import SENT_ON, ProxyEngine
+    from midstream.serve.proxy import ProxyEngine
+    from midstream.serve.proxy_request import SENT_ON
     from midstream.serve.run import run
     from midstream.serve.upstream import Patience, Upstream
     from midstream.serve.watchdog import Silence
@@ -86,7 +90,7 @@ def proxy(
     keys = Keys() if api_keys is None else Keys.load(api_keys)
     log_to_stderr()
 
-    feed = Feed()
+    feed = HeldFeed()
     engine = ProxyEngine(
         feed,
         Upstream(
@@ -111,6 +115,7 @@ def proxy(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
-    reloads.use(lambda: engine.reload(bundle), engine)
-    app = assemble(engine, feed, settings=limits, keys=keys, watch=watch, host=host)
-    run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)
+    with behind_gate(engine, feed, bundle, ledger, limits) as (served, reload, limits):
+        reloads.use(reload, engine)
+        app = assemble(served, feed, settings=limits, keys=keys, watch=watch, host=host)
+        run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, closing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,9 @@ from midstream.commands.options import BundleOption, Model, Tier, load_bundle
 if TYPE_CHECKING:
     from midstream.ledger.ledger import Ledger
     from midstream.serve.assemble import LocallyJudged
+    from midstream.serve.gated import HeldFeed
+    from midstream.serve.local import LocalEngine
+    from midstream.serve.proxy import ProxyEngine
     from midstream.serve.settings import Settings
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -87,16 +90,13 @@ def serve(
 
     At SIGHUP the bundle is read again; at SIGTERM streams may end before the server does.
     """
-    if model is not None and bundle is None:
-        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
-    if ledger is not None and bundle is None:
-        raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
+    check_options(model, bundle, ledger)
     need_libraries()
     from midstream.serve.reloads import Reloads
 
     reloads = context.with_resource(Reloads())  # what follows takes seconds
     from midstream.serve.assemble import Watch, assemble
-    from midstream.serve.gated import GatedEngine, HeldFeed
+    from midstream.serve.gated import HeldFeed
     from midstream.serve.keys import Keys
     from midstream.serve.local import LocalEngine
     from midstream.serve.run import run
@@ -125,17 +125,41 @@ def serve(
         audit_on_failure=on_audit_failure,
         otel=otel,
     )
-    with ExitStack() as stack:
-        served: LocallyJudged = engine
-        reload: Callable[[], Awaitable[object]] = partial(engine.reload, bundle)
-        if ledger is not None and bundle is not None:
-            store = stack.enter_context(closing(_open(ledger)))
-            gated = GatedEngine(engine, feed, load_bundle(bundle), store)
-            served, reload = gated, partial(gated.reload, bundle)
-            limits = limits.model_copy(update={"conversations": True})
+    with behind_gate(engine, feed, bundle, ledger, limits) as (served, reload, limits):
         reloads.use(reload, engine)
         app = assemble(served, feed, settings=limits, keys=keys, watch=watch, host=host)
         run(app, host=host, port=port, drain=drain, start=engine.start, reloads=reloads)
+
+
+@contextmanager
+def behind_gate(
+    engine: LocalEngine | ProxyEngine,
+    feed: HeldFeed,
+    bundle: Path | None,
+    ledger: str | None,
+    limits: Settings,
+) -> Iterator[tuple[LocallyJudged, Callable[[], Awaitable[object]], Settings]]:
+    """Put the turn gate before an engine, where there is a ledger.
+
+    Gives what is served, how its bundle is read again, and the settings.
+    """
+    if ledger is None or bundle is None:
+        yield engine, partial(engine.reload, bundle), limits
+        return
+    from midstream.serve.gated import GatedEngine
+
+    with closing(_open(ledger)) as store:
+        gated = GatedEngine(engine, feed, load_bundle(bundle), store)
+        limits = limits.model_copy(update={"conversations": True})
+        yield gated, partial(gated.reload, bundle), limits
+
+
+def check_options(model: str | None, bundle: Path | None, ledger: str | None) -> None:
+    """Refuse options that need another."""
+    if model is not None and bundle is None:
+        raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
+    if ledger is not None and bundle is None:
+        raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
 
 
 def _open(ledger: str) -> Ledger:

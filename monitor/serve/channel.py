@@ -41,7 +41,7 @@ class _Frames:
 class Channel:
     """The end of the process that was started; blocking, for several threads that send.
 
-    Iterate it, in one thread, for what comes in; it ends when the other end is gone.
+    Iterate it, in one thread, for what comes in; it ends when the other end is gone. Or `take`.
 
     Parameters
     ----------
@@ -50,6 +50,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._frames = _Frames()
         self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
@@ -66,14 +67,26 @@ class Channel:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def __iter__(self) -> Iterator[Any]:
-        frames = _Frames()
-        while data := self._receive():
-            yield from frames.add(data)
+    def take(self, *, wait: bool) -> list[Any] | None:
+        """Messages that have come, which may be none; None when the other end is gone.
 
-    def _receive(self) -> bytes:
+        With ``wait`` it comes back once there is something to read.
+        """
         try:
-            return self._sock.recv(_READ)
+            data = self._receive(0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        return list(self._frames.add(data)) if data else None
+
+    def __iter__(self) -> Iterator[Any]:
+        while data := self._receive():
+            yield from self._frames.add(data)
+
+    def _receive(self, flags: int = 0) -> bytes:
+        try:
+            return self._sock.recv(_READ, flags)
+        except BlockingIOError:
+            raise
         except OSError:
             return b""
 

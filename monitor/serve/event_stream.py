@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 MAX_EVENT = 1 << 20
 """Bytes of one event, at most, whether in one line or in many."""
@@ -22,8 +23,7 @@ class EventStreamError(ValueError):
     """What came is no event stream, or has an event that is too large."""
 
 
-@dataclass(frozen=True)
-class ServerSentEvent:
+class ServerSentEvent(NamedTuple):
     """An event: its type, empty where none was given, and its data."""
 
     type: str
@@ -48,29 +48,28 @@ class EventStreamReader:
         self._type = ""
         self._data: list[str] = []
 
-    def feed(self, data: bytes) -> list[ServerSentEvent]:
-        """Take more; return the events that are complete with it.
+    def feed(self, data: bytes) -> Iterator[ServerSentEvent]:
+        """Take more; give the events that are complete with it, also those before a fault.
 
         Raises
         ------
         EventStreamError
         """
         if not data:
-            return []
+            return
         if self._after_return and data[:1] == b"\n":
             data = data[1:]
         self._after_return = data[-1:] == b"\r"
         self._rest += data
-        events, begin = [], 0
+        begin = 0
         for end in _LINE_END.finditer(self._rest, self._searched):
             event = self._line(bytes(self._rest[begin : end.start()]))
             begin = end.end()
             if event is not None:
-                events.append(event)
+                yield event
         del self._rest[:begin]
         self._searched = len(self._rest)
         self._check_size(len(self._rest))
-        return events
 
     def finish(self) -> list[ServerSentEvent]:
         """Nothing more comes; return the event that was cut off, if there is one."""

@@ -13,7 +13,7 @@ class Written(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """The upstream writes no more: its finish reason, or the error with which it broke off."""
+    """The upstream writes no more: its finish reason; or a code, and how it broke off."""
 
     stream: str
     reason: str

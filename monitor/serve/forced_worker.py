@@ -7,10 +7,7 @@ happened, until its channel ends.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from midstream.engines.hf.checks import window
@@ -28,9 +25,9 @@ from midstream.serve.forced_messages import Ended, Read, Written
 from midstream.serve.messages import (
     Accepted,
     Cancel,
-    Left,
     Look,
     Ping,
+    PlainLeft,
     Plan,
     Pong,
     Ready,
@@ -68,19 +65,11 @@ def build(channel: Channel, plan: Plan) -> Reading:
 def answer(channel: Channel, reading: Reading) -> None:
     """Do what the messages ask for, until there are no more."""
     channel.send(reading.ready)
-    inbox: SimpleQueue[Any] = SimpleQueue()
-
-    def listen() -> None:
-        for message in channel:
-            inbox.put(message)
-        inbox.put(None)
-
-    threading.Thread(target=listen, name="midstream-listen", daemon=True).start()
-    while True:
-        with suppress(Empty):
-            while (message := inbox.get(block=not reading.busy)) is not None:
-                reading.take(message)
-            return
+    # One thread for both: another that listens would take the interpreter from the passes for each
+    # token that comes.
+    while (messages := channel.take(wait=not reading.busy)) is not None:
+        for message in messages:
+            reading.take(message)
         reading.tell()
 
 
@@ -137,7 +126,7 @@ class Reading(ForcedStreams):
 
     def tell(self) -> None:
         """Take a step, and tell what came of it."""
-        told: list[Left | Event] = []
+        told: list[PlainLeft | Event] = []
         for stream, events in self.step():
             for event in events:
                 told.append(self._leaving(stream, event) if event.type == "released" else event)
@@ -160,11 +149,11 @@ class Reading(ForcedStreams):
             _log.exception("a text could not be split into tokens")
             self.fail(stream, f"the text could not be split into tokens: {type(error).__name__}")
 
-    def _leaving(self, stream: ForcedStream, event: Event) -> Left:
+    def _leaving(self, stream: ForcedStream, event: Event) -> PlainLeft:
         before, count = self._left[stream.id], stream.delivered
         self._left[stream.id] = count["delivered"]
         tokens, unscored = count["delivered"] - before, count["delivered_unscored"]
-        return Left(stream.id, tokens, event.position, event.risk, event.text or "", unscored)
+        return stream.id, tokens, event.position, event.risk, event.text or "", unscored
 
     def _submit(self, asked: Submit) -> None:
         try:

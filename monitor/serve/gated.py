@@ -21,7 +21,7 @@ from midstream.policy import PolicyError
 from midstream.serve.engine import Ask, Engine, Events, Released, Stream
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed, Observer, Opened
-from midstream.serve.local import ReloadError
+from midstream.serve.reloads import ReloadError
 from midstream.streams import Event
 from midstream.turn_decision import Turn, TurnDecision
 from midstream.turn_history import HistoryError

@@ -10,11 +10,11 @@ from midstream.serve.engine import Ask
 from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
 from midstream.serve.messages import Look, Plan
-from midstream.serve.rotation import ReloadError, Rotation
+from midstream.serve.rotation import Rotation
 from midstream.serve.serving import LocalStream, Main, unavailable
 from midstream.serve.watchdog import USUAL, Silence
 
-__all__ = ["LocalEngine", "ReloadError", "serve_model"]
+__all__ = ["LocalEngine", "serve_model"]
 
 
 def serve_model(channel: Channel, plan: Plan) -> None:

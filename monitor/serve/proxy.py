@@ -9,63 +9,20 @@ connection to the upstream is closed at once.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from midstream.bundle import Bundle
 from midstream.serve.channel import Channel
 from midstream.serve.engine import Ask
-from midstream.serve.errors import ApiError
 from midstream.serve.feed import Feed
-from midstream.serve.forced_messages import Ended, Read, Written
 from midstream.serve.local import LocalEngine
-from midstream.serve.messages import Cancel, Plan
-from midstream.serve.serving import LocalStream, Main, Serving
-from midstream.serve.upstream import Upstream, UpstreamError
+from midstream.serve.messages import Plan
+from midstream.serve.proxy_feed import TakenFeed
+from midstream.serve.proxy_pump import Pump, ReaderServing
+from midstream.serve.proxy_request import check_judgeable, upstream_body
+from midstream.serve.serving import LocalStream, Main
+from midstream.serve.upstream import Upstream
 from midstream.serve.watchdog import USUAL, Silence
-
-_log = logging.getLogger(__name__)
-
-AHEAD = 4096
-"""Characters that the upstream may be ahead of the model; then it is not read for a while."""
-_PART = 1024  # characters sent to the worker at a time: what one stream may cost the others
-
-SENT_ON = frozenset(
-    {
-        "frequency_penalty",
-        "logit_bias",
-        "metadata",
-        "presence_penalty",
-        "prompt_cache_key",
-        "reasoning_effort",
-        "response_format",
-        "safety_identifier",
-        "seed",
-        "service_tier",
-        "verbosity",
-    }
-)
-"""Fields of requests that only the upstream reads: ``sent_on`` of the front's settings."""
-
-# What would make an answer that is not one text, and the values that ask for nothing.
-_ONE = (None, 1)
-_NOTHING: tuple[Any, ...] = (None, False, [], "", "none")
-_UNJUDGEABLE: Mapping[str, tuple[Any, ...]] = {
-    "n": _ONE,
-    "best_of": _ONE,
-    "tools": _NOTHING,
-    "functions": _NOTHING,
-    "logprobs": _NOTHING,
-    "top_logprobs": _NOTHING,
-    "audio": _NOTHING,
-    "modalities": (None, ["text"]),
-    "echo": _NOTHING,
-    "suffix": _NOTHING,
-    "prediction": _NOTHING,
-}
-_OURS = ("midstream", "stream", "stream_options", "n", "best_of")
 
 
 def read_along(channel: Channel, plan: Plan) -> None:
@@ -125,8 +82,9 @@ class ProxyEngine:
         self._upstream = upstream
         self._upstream_model = upstream_model or name
         self._tasks: set[asyncio.Task[None]] = set()
+        self._feed = TakenFeed(feed)
         self._readers = _Readers(
-            feed,
+            self._feed,
             model=model,
             bundle=bundle,
             names=(name,),
@@ -183,11 +141,24 @@ class ProxyEngine:
             cannot be had or refuses.
         """
         check_judgeable(ask)
+        self._feed.wait(ask.stream)
+        try:
+            local = await self._begun(ask)
+        except Exception:  # which the front tells
+            self._feed.refuse(ask.stream)
+            raise
+        except BaseException:  # cancelled, and so it ends
+            self._feed.taken(ask.stream)
+            raise
+        self._feed.taken(ask.stream)
+        return local
+
+    async def _begun(self, ask: Ask) -> LocalStream:
         local = await self._readers.submit(ask)
-        pump = _Pump(local, self._upstream, upstream_body(ask, self._upstream_model))
+        pump = Pump(local, self._upstream, upstream_body(ask, self._upstream_model))
         self._tasks.add(pump.task)
         pump.task.add_done_callback(self._tasks.discard)
-        assert isinstance(local.serving, _ReaderServing)
+        assert isinstance(local.serving, ReaderServing)
         local.serving.follow(pump)
         try:
             await asyncio.shield(pump.begun)
@@ -206,150 +177,5 @@ class ProxyEngine:
         await self._upstream.close()
 
 
-class _Pump:
-    """Carries the upstream's text to the worker, as fast as the worker takes it."""
-
-    def __init__(self, local: LocalStream, upstream: Upstream, body: dict[str, Any]) -> None:
-        self.stream = local.ask.stream
-        loop = asyncio.get_running_loop()
-        self.begun: asyncio.Future[None] = loop.create_future()
-        """Done when the upstream has taken the request, refused it, or is not needed any more."""
-        self._local = local
-        self._upstream = upstream
-        self._path = "completions" if local.ask.messages is None else "chat/completions"
-        self._body = body
-        self._sent = self._read = 0
-        self._room = asyncio.Event()
-        self._complete = False
-        self.task = loop.create_task(self._run())
-
-    def stop(self) -> None:
-        """Close the connection, unless the response has come to its end."""
-        if not self._complete:
-            self.task.cancel()
-        if not self.begun.done():
-            self.begun.set_result(None)
-
-    def read(self, characters: int) -> None:
-        """The worker has read so far."""
-        self._read = characters
-        self._room.set()
-
-    async def _run(self) -> None:
-        try:
-            async with self._upstream.ask(self._path, self._body) as answer:
-                if not self.begun.done():
-                    self.begun.set_result(None)
-                async for delta in answer.deltas():
-                    await self._send(delta.text)
-                    if delta.finish_reason is not None:
-                        self._complete = True
-                        self._local.send(Ended(self.stream, delta.finish_reason, None))
-                await answer.drain()
-        except ApiError as error:
-            self._break_off(f"the upstream did not take the request: {error.code}")
-            if not self.begun.done():
-                self.begun.set_exception(error)
-        except UpstreamError as error:
-            _log.error("stream %s: %s", self.stream, error)
-            self._break_off(str(error))
-        except Exception as error:
-            _log.exception("stream %s: the proxy failed", self.stream)
-            self._break_off("the proxy failed")
-            if not self.begun.done():
-                self.begun.set_exception(error)
-
-    async def _send(self, text: str) -> None:
-        for begin in range(0, len(text), _PART):
-            part = text[begin : begin + _PART]
-            self._local.send(Written(self.stream, part))
-            self._sent += len(part)
-            while self._sent - self._read > AHEAD:
-                self._room.clear()
-                await self._room.wait()
-
-    def _break_off(self, reason: str) -> None:
-        self._local.send(Ended(self.stream, "error", reason))
-
-
-class _ReaderServing(Serving):
-    """A worker that reads along, and who carries it what it reads."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._pumps: dict[str, _Pump] = {}
-
-    def follow(self, pump: _Pump) -> None:
-        """Tell the pump how far its stream was read, and stop it when the stream ends."""
-        if pump.stream in self.streams:
-            self._pumps[pump.stream] = pump
-        else:  # it has ended already: the prompt was enough
-            pump.stop()
-
-    def send(self, message: Any) -> None:
-        """Send a message about a stream; one that is cancelled loses its upstream at once."""
-        if isinstance(message, Cancel):
-            self._stop(message.stream)
-        super().send(message)
-
-    def _stop(self, stream: str) -> None:
-        if pump := self._pumps.pop(stream, None):
-            pump.stop()
-
-    def _received(self, message: Any) -> None:
-        if not isinstance(message, Read):
-            super()._received(message)
-        elif pump := self._pumps.get(message.stream):
-            pump.read(message.characters)
-
-    def _forget(self, name: str) -> LocalStream:
-        self._stop(name)
-        return super()._forget(name)
-
-
 class _Readers(LocalEngine):
-    _serve = _ReaderServing
-
-
-def check_judgeable(ask: Ask) -> None:
-    """Refuse what the upstream would answer with more, or other, than one text.
-
-    Raises
-    ------
-    ApiError
-    """
-    for name, harmless in _UNJUDGEABLE.items():
-        value = ask.body.get(name)
-        if not any(value is one or (type(value) is type(one) and value == one) for one in harmless):
-            raise ApiError(
-                400,
-                f"{name}: this server cannot judge what it asks for; leave it out",
-                code="unsupported_parameter",
-                param=name,
-            )
-    if ask.messages is None and not isinstance(ask.prompt, str):
-        raise ApiError(
-            400,
-            "prompt: ids mean different tokens to the upstream and to the model that watches it; "
-            "send text",
-            code="unsupported_parameter",
-            param="prompt",
-        )
-
-
-def upstream_body(ask: Ask, model: str) -> dict[str, Any]:
-    """What the upstream is asked: all that the client asked for but what would defeat the monitor.
-
-    Always a stream, and at most ``ask.max_tokens``.
-    """
-    body = {**ask.sampling, **ask.body}
-    if ask.messages is not None:
-        body.setdefault("messages", list(ask.messages))
-    else:
-        body.setdefault("prompt", ask.prompt)
-    for name in _OURS:
-        body.pop(name, None)
-    limits = [name for name in ("max_tokens", "max_completion_tokens") if body.get(name)]
-    for name in limits or ["max_tokens"]:
-        body[name] = ask.max_tokens
-    return {**body, "model": model, "stream": True}
+    _serve = ReaderServing

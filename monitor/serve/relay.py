@@ -162,7 +162,7 @@ class Relay:
                 self._end(event.message, self._cut or cancelled())
             elif event.type == "error":
                 _log.error("stream %s broke off: %s", event.stream, event.message)
-                self._end(None, engine_error())
+                self._end(None, engine_error(event.cause))
         except Exception:
             _log.exception("stream %s could not be passed on", self.stream.ask.stream)
             self._over.set_result((None, engine_error()))
@@ -199,8 +199,17 @@ class Relay:
             self._deliver(Piece(text, start, min(self._checked, self._length)))
 
 
-def engine_error() -> ApiError:
+_UPSTREAM = {
+    "upstream_timeout": (504, "the upstream stopped sending before the response was whole"),
+    "upstream_error": (502, "the upstream's response broke off or cannot be passed on"),
+}
+
+
+def engine_error(cause: str | None = None) -> ApiError:
     """What a client is told of a failure: nothing of the insides, which the log has."""
+    if cause in _UPSTREAM:
+        status, told = _UPSTREAM[cause]
+        return ApiError(status, f"{told}; try again", code=cause)
     return ApiError(500, "the engine failed while it wrote; try again", code="engine_error")
 
 

@@ -19,27 +19,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
 from time import perf_counter
-from typing import Any, Self, cast
-
-import torch
-from jinja2 import TemplateError
-from torch import Tensor
+from typing import Any, Self
 
 from midstream.bundle import Fingerprint
 from midstream.engines.hf.checks import UnsupportedGenerationError, check_unwatched
-from midstream.engines.hf.checks import window as window_of
-from midstream.engines.hf.growing_text import GrowingText, Piece, literal
+from midstream.engines.hf.forced_pass import feed
+from midstream.engines.hf.forced_prompt import PromptError, PromptLengthError, encode_prompt
+from midstream.engines.hf.forced_stream import ForcedStream
+from midstream.engines.hf.growing_text import GrowingText, Piece, blank, literal
 from midstream.engines.hf.prompts import Prompt
-from midstream.engines.hf.slot_cache import SHORTEST, SlotCache, check_cache
+from midstream.engines.hf.slot_cache import SlotCache, check_cache, window_for
 from midstream.kernels.tables import Verdict
 from midstream.monitor import Monitor
-from midstream.streams import Event, Phase, Session
+from midstream.streams import Event, Phase
 from midstream.taps import attach_taps
+
+__all__ = ["CHUNK", "ForcedStream", "ForcedStreams", "PromptError", "PromptLengthError"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,100 +50,13 @@ ROWS = 256
 """Rows of a pass over prompts: for as long as they take, all other streams wait."""
 
 
-class PromptError(UnsupportedGenerationError):
-    """A prompt that the watching model cannot be given."""
-
-
-class PromptLengthError(PromptError):
-    """A prompt that leaves no room in the watching model's window."""
-
-
-class ForcedStream:
-    """One text, judged while it is written. `ForcedStreams.open` makes them.
-
-    Attributes
-    ----------
-    session : Session
-    slot : int
-        Of the monitor and of the cache.
-    prompt_tokens : int
-    pending : deque of Piece
-        Tokens that wait to be fed.
-    fed : int
-        Tokens that were.
-    """
-
-    def __init__(
-        self, session: Session[str], slot: int, prompt: Sequence[int], text: GrowingText
-    ) -> None:
-        self.session = session
-        self.slot = slot
-        self.prompt_tokens = len(prompt)
-        self.pending = deque(Piece(token, "") for token in prompt)
-        self.fed = 0
-        self.text = text
-        self.reason: str | None = None
-        """Finish reason that came with the text's end; None while more may come."""
-        self.error: str | None = None
-        """Why the text broke off, where it did."""
-        self.ended = False
-        self.passed = 0
-        """Tokens that left without having been fed, because the policy says so."""
-        self.closely = False
-        """Whether to tell every token's scores."""
-        self._received = 0
-
-    @property
-    def id(self) -> str:
-        """Its label."""
-        return self.session.stream
-
-    def feed(self, text: str | Sequence[int]) -> None:
-        """Take more: text, or ids that stand for no text. Without effect once it has ended."""
-        if self.ended or self.reason is not None:
-            return
-        if isinstance(text, str):
-            self._received += len(text)
-            self.pending += self.text.push(text)
-        else:
-            self.pending += [Piece(token, "") for token in text]
-
-    def finish(self, reason: str, error: str | None = None) -> None:
-        """Say that no more text comes, and with what finish reason; or why it broke off.
-
-        What has come is judged, and leaves if it may, in either case.
-        """
-        if not self.ended and self.reason is None:
-            self.reason, self.error = reason, error
-            self.pending += self.text.finish()
-
-    @property
-    def read(self) -> int:
-        """Characters that do not wait to be fed, but for some of the last word."""
-        return self._received - sum(len(piece.text) for piece in self.pending)
-
-    @property
-    def delivered(self) -> dict[str, int]:
-        """Tokens that have left, and how many of them without a score."""
-        queue = self.session.hold_back
-        passed = 0 if self.session.delivers_whole else self.passed  # past the queue
-        return {
-            "delivered": queue.released + passed,
-            "delivered_unscored": queue.released_unscored + passed,
-        }
-
-    @property
-    def waits(self) -> bool:
-        """Whether a step would do something for it."""
-        return not self.ended and (bool(self.pending) or self.reason is not None)
-
-
 class ForcedStreams:
     """A monitor on one transformers model that reads along what others write.
 
     Use it as a context manager. A stream has at most ``window`` tokens, those of its prompt
     included. What comes after them is unscored: it leaves so, counted, where the policy's
-    ``on_unscored`` is ``pass``; else the stream is halted there.
+    ``on_unscored`` is ``pass``; else the stream is halted there. A token that comes with characters
+    which the tokenizer drops is unscored, too, and treated as any such.
 
     Parameters
     ----------
@@ -177,11 +89,16 @@ class ForcedStreams:
         self.monitor = monitor
         self.model = model
         self.tokenizer = tokenizer
-        self.window = _window(model, window)
+        self.window = window_for(model, window)
         self._literal = literal(tokenizer)
         self._body = getattr(model, model.base_model_prefix, model)
         self._streams: dict[str, ForcedStream] = {}
         self._told: dict[ForcedStream, list[Event]] = {}
+        self._of_unscored = {
+            "pass": Verdict.CONTINUE,
+            "hold": Verdict.HOLD,
+            "halt": Verdict.HALT,
+        }[monitor.policy.on_unscored]
         self._turn_of_few = True
         self.rows = 0
         """Tokens that the last step fed."""
@@ -249,14 +166,7 @@ class ForcedStreams:
         """
         if stream in self._streams:
             raise UnsupportedGenerationError(f"stream {stream!r} is open already; choose another")
-        before, ids = self._encoded(prompt)
-        if not ids:
-            raise PromptError("the prompt is empty; give at least one token")
-        if len(ids) >= self.window:
-            raise PromptLengthError(
-                f"the prompt has {len(ids)} tokens, the watching model's window is {self.window}; "
-                "shorten it"
-            )
+        before, ids = encode_prompt(self.model, self.tokenizer, prompt, self.window)
         slot = self.monitor.admit(stream, len(ids), tier, prompt=ids, prior=prior)
         session = self.monitor.session(slot)
         opened = ForcedStream(session, slot, ids, GrowingText(self._literal, before))
@@ -302,28 +212,6 @@ class ForcedStreams:
         facts = stream.delivered
         self._tell(stream, stream.session.event("error", message=message, **facts))
 
-    def _encoded(self, prompt: Prompt | Sequence[int]) -> tuple[str, list[int]]:
-        """The prompt's text, as far as it is one, and its ids."""
-        if not prompt:
-            return "", []
-        if isinstance(prompt, str):
-            return prompt, self.tokenizer(prompt)["input_ids"]
-        if isinstance(prompt[0], int):
-            ids = cast(list[int], list(prompt))
-            size = self.model.config.get_text_config().vocab_size
-            if wrong := [token for token in ids if not 0 <= token < size]:
-                raise PromptError(f"the prompt has ids {wrong[:5]}, expected 0 to {size - 1}")
-            return "", ids
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=False
-            )
-        except (ValueError, TypeError, TemplateError) as error:
-            raise PromptError(
-                f"the watching model's chat template does not take these messages: {error}"
-            ) from error
-        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _pass(self, batch: list[ForcedStream]) -> None:
         taken = [
             list(islice(stream.pending, min(CHUNK, self.window - stream.fed))) for stream in batch
@@ -346,38 +234,8 @@ class ForcedStreams:
         self.rows = sum(map(len, taken))
         self.judge_seconds += perf_counter() - begun
 
-    @torch.inference_mode()
     def _forward(self, batch: list[ForcedStream], taken: list[list[Piece]]) -> None:
-        longest = max(map(len, taken))
-        ids, position = torch.zeros(2, len(batch), longest, dtype=torch.int64)
-        present = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for row, (stream, pieces) in enumerate(zip(batch, taken, strict=True)):
-            count = len(pieces)
-            ids[row, :count] = torch.tensor([piece.token for piece in pieces])
-            position[row, :count] = torch.arange(stream.fed, stream.fed + count)
-            present[row, :count] = True
-        slot = torch.tensor([stream.slot for stream in batch])
-        self._cache.run(self._body, ids, slot, position, present)
-        begun, device = perf_counter(), self.monitor.device
-        rows = torch.where(present, slot[:, None], -1).to(device, torch.int32)
-        at = position.flatten().to(device, torch.int32)
-        if self.monitor.segments is None:
-            self.monitor.advance(rows.flatten(), at)
-        else:
-            start = torch.tensor([stream.prompt_tokens for stream in batch])
-            response = (present & (position >= start[:, None])).to(device)
-            self._fold_segments(rows, at, ids.to(device), response)
-        self.judge_seconds = perf_counter() - begun
-
-    def _fold_segments(self, rows: Tensor, at: Tensor, ids: Tensor, response: Tensor) -> None:
-        """Fold column by column: a token's segment, which it may open, decides how it is judged."""
-        last = rows.shape[1] - 1
-        for column in range(last + 1):
-            slot = rows[:, column]
-            self.monitor.follow(torch.where(response[:, column], slot, -1), ids[:, column])
-            only = torch.full_like(rows, -1)
-            only[:, column] = slot
-            self.monitor.advance(only.flatten(), at, keep=column < last)
+        self.judge_seconds = feed(self.monitor, self._body, self._cache, batch, taken)
 
     def _judge(self, stream: ForcedStream, pieces: list[Piece]) -> None:
         """Let go what the verdicts on the tokens just fed allow."""
@@ -389,21 +247,24 @@ class ForcedStreams:
         risks = table.trace_risk[stream.slot][cells].tolist()
         cause = self.monitor.cause_name(int(table.cause[stream.slot]))
         logits = table.trace_logits[stream.slot][cells].tolist() if stream.closely else []
-        for position, verdict, risk in zip(positions, verdicts, risks, strict=True):
+        for position, number, risk in zip(positions, verdicts, risks, strict=True):
             known = risk if risk == risk else None  # NaN where it was unscored
+            verdict, why, scored = Verdict(number), cause, known is not None
             if position >= stream.prompt_tokens:
-                session.push(position, pieces[position - begin].text)
+                piece = pieces[position - begin]
+                session.push(position, piece.text)
+                if piece.unread:
+                    scored, verdict = False, max(verdict, self._of_unscored)
+                    why = "unscored" if verdict != number else cause
             if stream.closely:
-                facts = {"position": position, "risk": known, "verdict": Verdict(verdict).name}
+                facts = {"position": position, "risk": known, "verdict": verdict.name}
                 scores = self._scores(logits[position - positions[0]])
-                self._tell(stream, session.event("scored", cause=cause, scores=scores, **facts))
-            leaving, events = session.judge(
-                position, Verdict(verdict), known, cause, scored=known is not None
-            )
+                self._tell(stream, session.event("scored", cause=why, scores=scores, **facts))
+            leaving, events = session.judge(position, verdict, known, why, scored=scored)
             self._release(stream, leaving, position, known)
             self._tell(stream, *events)
             if session.phase == Phase.HALTED:
-                self._end(stream, "stop")
+                self._end(stream, self.monitor.policy.on_halt.finish_reason, halted_at=position)
                 return
         self._settle(stream)
 
@@ -414,21 +275,25 @@ class ForcedStreams:
     def _settle(self, stream: ForcedStream) -> None:
         """Go on where nothing can be fed: at the window's end, and at the text's."""
         if stream.pending and stream.fed >= self.window:
-            self._pass_by(stream)
-        if stream.reason is not None and not stream.pending and not stream.ended:
+            self._pass_by(stream, f"the watching model's window of {self.window} tokens is full")
+        if stream.reason is None or stream.pending or stream.ended:
+            return
+        if not blank(rest := stream.text.rest):
+            stream.pending.append(Piece(-1, rest))
+            self._pass_by(stream, "the watching model's tokenizer drops the text's last characters")
+        if not stream.ended:
             self._end(stream, stream.reason)
 
-    def _pass_by(self, stream: ForcedStream) -> None:
-        """Do what the policy says with tokens that do not fit in the window."""
+    def _pass_by(self, stream: ForcedStream, why: str) -> None:
+        """Do what the policy says with what waits and cannot be fed."""
         session, policy = stream.session, self.monitor.policy
         facts = {"position": stream.fed, "cause": "unscored"}
-        full = f"the watching model's window of {self.window} tokens is full"
         if policy.on_unscored != "pass" or session.phase == Phase.HELD:
-            self._tell(stream, *session.withhold(message=full, **facts))
-            self._end(stream, policy.on_halt.finish_reason)
+            self._tell(stream, *session.withhold(message=why, **facts))
+            self._end(stream, policy.on_halt.finish_reason, halted_at=stream.fed)
             return
         if not stream.passed:
-            message = f"{full}; what follows leaves unscored, as the policy says"
+            message = f"{why}; what follows leaves unscored, as the policy says"
             self._tell(
                 stream, session.event("verdict", verdict="CONTINUE", message=message, **facts)
             )
@@ -444,13 +309,16 @@ class ForcedStreams:
                 texts = session.finish() + texts
             self._release(stream, texts, None, None)
 
-    def _end(self, stream: ForcedStream, reason: str) -> None:
-        """Free the slot, let go what leaves with the end, and tell the end."""
+    def _end(self, stream: ForcedStream, reason: str, halted_at: int | None = None) -> None:
+        """Free the slot, let go what leaves with the end, and tell the end.
+
+        ``halted_at`` is where it was halted for what the monitor did not see.
+        """
         session = stream.session
         leaves = session.phase not in (Phase.HELD, Phase.HALTED)
         halted = session.phase == Phase.HALTED
         texts = [] if session.phase == Phase.FINISHED else session.finish()
-        if leaves and stream.reason is not None and not stream.pending:
+        if leaves and stream.reason is not None and not stream.pending and blank(stream.text.rest):
             texts.append(stream.text.rest)  # no token's: nothing there to judge
         broke = stream.error is not None and not halted
         report = self.monitor.retire(
@@ -460,12 +328,13 @@ class ForcedStreams:
         )
         if halted and report.verdict != "HALT":
             report = report.model_copy(
-                update={"verdict": "HALT", "cause": "unscored", "halted_at": stream.fed}
+                update={"verdict": "HALT", "cause": "unscored", "halted_at": halted_at}
             )
         self._forget(stream)
         self._release(stream, texts, None, report.risk)
         if broke:
-            self._tell(stream, session.event("error", message=stream.error, **stream.delivered))
+            why = {"message": stream.error, "cause": stream.reason}
+            self._tell(stream, session.event("error", **why, **stream.delivered))
             return
         facts = {"risk": report.risk, "verdict": report.verdict, "cause": report.cause}
         facts |= stream.delivered
@@ -500,14 +369,3 @@ def _first_rows(streams: list[ForcedStream]) -> list[ForcedStream]:
     """As many of the oldest as fit in a pass."""
     longest = min(CHUNK, max((len(stream.pending) for stream in streams), default=1))
     return streams[: max(1, ROWS // longest)]
-
-
-def _window(model: Any, wanted: int | None) -> int:
-    limit = window_of(model)
-    if wanted is None and limit is None:
-        raise UnsupportedGenerationError("the model's config names no limit; pass window")
-    if wanted is not None and (wanted < SHORTEST or (limit is not None and wanted > limit)):
-        raise UnsupportedGenerationError(
-            f"window: expected {SHORTEST} to {limit or 'any number'}, got {wanted}"
-        )
-    return cast(int, wanted or limit)

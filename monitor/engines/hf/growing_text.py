@@ -3,9 +3,12 @@
 The split of a text may change near its end when more comes: ``isl`` is two tokens until it has
 become ``island``. A token is therefore given out only once it ends before the last white space, or
 some characters before the end. Each character belongs to exactly one token that is given out, and
-each token is given out once. Where a tokenizer joins, against this rule, across what was given out
-already, the rest is split on its own: a valid split of the same text, though not the one that the
-whole would have had (`GrowingText.seams` counts it).
+each token is given out once. Characters that the tokenizer drops, so that no token covers them, go
+with the next one, which says so unless they are white space (`Piece.unread`).
+
+Where a tokenizer joins, against this rule, across what was given out already, the rest is split on
+its own: a valid split of the same text, though not the one that the whole would have had
+(`GrowingText.seams` counts it).
 """
 
 from __future__ import annotations
@@ -37,10 +40,14 @@ class Piece:
     token : int
     text : str
         Empty for all but the last token of a character that takes several.
+    unread : bool
+        Whether the text begins with characters, white space aside, that the token does not cover,
+        nor any other: who reads the tokens has not read them.
     """
 
     token: int
     text: str
+    unread: bool = False
 
 
 class GrowingText:
@@ -58,7 +65,7 @@ class GrowingText:
         self._tokenizer = tokenizer
         self._given = [before[-_CONTEXT:]]  # the last characters that have tokens
         self._tail = ""  # what has none yet
-        self._gap = ""  # what will have none: white space that the tokenizer drops
+        self._gap = ""  # what will have none, since the tokenizer drops it
         self._started = False
         self.seams = 0
         """Times that the text was not split as the whole would have been."""
@@ -92,7 +99,9 @@ class GrowingText:
             if index + 1 < len(spans):
                 end = min(end, spans[index + 1][0])
             end = max(end, at)
-            pieces.append(Piece(ids[index], self._gap + self._tail[at:end]))
+            dropped = self._gap + self._tail[at : min(spans[index][0], end)]
+            text = self._gap + self._tail[at:end]
+            pieces.append(Piece(ids[index], text, unread=not blank(dropped)))
             self._gap, at = "", end
         self._keep(self._tail[:at])
         self._tail = self._tail[at:]
@@ -123,6 +132,11 @@ class GrowingText:
         self._given.append(text)
         while sum(map(len, self._given[1:])) >= _CONTEXT:
             self._given.pop(0)
+
+
+def blank(text: str) -> bool:
+    """Whether it is nothing but white space."""
+    return not text or text.isspace()
 
 
 def literal(tokenizer: Any) -> Tokenizer:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from midstream.engines.hf.checks import UnsupportedGenerationError
+from midstream.engines.hf.checks import window as window_of
 from midstream.taps import Tap, attach_taps
 
 SHORTEST = 8
@@ -196,3 +197,22 @@ def check_cache(model: Any, taps: Sequence[Tap], cache: SlotCache) -> None:
                 )
     for index in slot.tolist():
         cache.clear(index, SHORTEST)
+
+
+def window_for(model: Any, wanted: int | None) -> int:
+    """Tokens of a stream that fit: as many as wanted, or the model's own limit.
+
+    Raises
+    ------
+    UnsupportedGenerationError
+    """
+    limit = window_of(model)
+    if wanted is None:
+        if limit is None:
+            raise UnsupportedGenerationError("the model's config names no limit; pass window")
+        return limit
+    if wanted < SHORTEST or (limit is not None and wanted > limit):
+        raise UnsupportedGenerationError(
+            f"window: expected {SHORTEST} to {limit or 'any number'}, got {wanted}"
+        )
+    return wanted
