@@ -4,6 +4,7 @@ from functools import cache
 from itertools import product
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 
 def enumerate_past(start, transition, ending, event, events):
@@ -39,21 +40,29 @@ def future_harm(transition, ending, event, then):
     return harm
 
 
-def within_error(hits, chances):
-    """Whether outcomes agree with the chances that were given for them.
+def likely(hits, chances, draws=1):
+    """Whether so many hits may come of ``draws`` draws at each of these chances.
 
-    To 4.5 standard errors, and two more: where hardly any hit is expected, counts are not normal.
+    False where that is rarer than once in 10^12 by Chernoff's bound, the least over x of
+    ``E exp(x (sum - hits))``, which holds for any chances: a run makes thousands of comparisons.
     """
-    hits, chances = np.asarray(hits, dtype=float), np.asarray(chances, dtype=float)
-    spread = np.sqrt((chances * (1 - chances)).sum())
-    return abs(hits.sum() - chances.sum()) <= 4.5 * spread + 2 * (spread > 0) + 1e-9
+    chances = np.clip(np.asarray(chances, dtype=float), 0, 1)
+
+    def log_bound(x):
+        return draws * np.log(1 - chances + chances * np.exp(x)).sum() - x * hits
+
+    return minimize_scalar(log_bound, bounds=(-50, 50), method="bounded").fun > np.log(1e-12)
+
+
+def within_error(hits, chances):
+    """Whether outcomes agree with the chances that were given for them; see `likely`."""
+    return likely(np.sum(hits), chances)
 
 
 def follows(counts, chances):
-    """Whether counts agree with the distribution they were drawn from; see `within_error`."""
-    total, chances = np.sum(counts), np.asarray(chances, dtype=float)
-    error = np.sqrt(chances * (1 - chances) * total)
-    return (np.abs(counts - chances * total) <= 4.5 * error + 2 * (error > 0) + 1e-9).all()
+    """Whether counts agree with the distribution they were drawn from; see `likely`."""
+    total = np.sum(counts)
+    return all(likely(*pair, total) for pair in zip(counts, chances, strict=True))
 
 
 def calibrated(hits, chances, groups=8):

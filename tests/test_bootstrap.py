@@ -56,8 +56,8 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
         figure = Bootstrap(400, seed=trial).figure(mean(values, everybody), 60, n=60)
         assert figure.low <= figure.value <= figure.high
         hits += figure.low <= 1.0 <= figure.high
-    # binomial(300, 0.93) leaves 255..295 less than once in a million runs
-    assert 255 <= hits <= 298
+    # binomial(300, 0.93) leaves these less than once in 10^8 runs
+    assert 246 <= hits <= 299
 
 
 def test_tokens_of_a_stream_are_no_evidence_of_their_own() -> None:
@@ -77,7 +77,7 @@ def test_tokens_of_a_stream_are_no_evidence_of_their_own() -> None:
 
     one, many = pooled(1), pooled(100)
     assert (many.low, many.high) == pytest.approx((one.low, one.high))
-    assert one.high - one.low > 0.3
+    assert one.high - one.low > 0.15
 
 
 @pytest.mark.parametrize("hits", [0, 17])

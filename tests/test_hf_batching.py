@@ -187,12 +187,12 @@ def test_what_was_preempted_goes_on_when_all_that_run_are_cancelled(counts: Coun
     small = batching(num_blocks=12, safety_margin=0.0, allow_block_sharing=False)
     with attach(monitor(), batching=small) as m:
         requests = [m.submit(NEVER, max_new_tokens=35) for _ in range(3)]
-        assert counts.has_preempted.wait(20)
+        assert counts.has_preempted.wait(120)
         for request in requests:
             if request.id not in counts.preempted:
                 request.cancel()
         for request in requests:
-            response = request.result(20)
+            response = request.result(120)
             assert response.finish_reason == "cancelled" or check(response, NEVER, 35) is False
 
 
@@ -294,7 +294,7 @@ def test_rows_under_wrong_labels_end_everything_and_nothing_leaves(
         requests = [m.submit(ids) for ids in (NEVER, *prompts(5))]
         for request in requests:
             with pytest.raises(GenerationFailedError, match="not those of its requests"):
-                request.result(20)
+                request.result(120)
         with pytest.raises(UnsupportedGenerationError, match="the generation loop has ended"):
             m.submit([5])
     assert watching.free_slots == 8
@@ -351,7 +351,7 @@ def test_logits_keep_their_bits_beside_the_monitor(
             m._slots = 16
             m._hand_over()
         for request in requests:
-            request.result(20)
+            request.result(120)
     assert len(bare) == 12
     for one, other in zip(bare, steps[:12], strict=True):
         assert torch.equal(one, other)
@@ -530,13 +530,13 @@ def test_a_token_that_was_sampled_and_never_fed_is_unscored(
     def stop_there(self: BatchingAttachment) -> None:
         if any(request.response_tokens > 2 for request in self._requests.values()):
             stands.set()
-            go_on.wait(20)
+            go_on.wait(120)
         before(self)
 
     monkeypatch.setattr(BatchingAttachment, "before_step", stop_there)
     with attach(watching) as m:
         request = m.submit(NEVER, max_new_tokens=50)
-        assert stands.wait(20)
+        assert stands.wait(120)
         threading.Timer(0.3, go_on.set).start()
     response, want = request.result(0), written(NEVER, 50)
     report = response.report
@@ -611,7 +611,7 @@ def test_a_cancelled_request_ends_and_its_slot_serves_the_next() -> None:
         waiting = m.submit([6, 7], request_id="waits")
         last = m.submit([8, 9])
         waiting.cancel()
-        assert waiting.result(20) == Response([], "cancelled", None)
+        assert waiting.result(120) == Response([], "cancelled", None)
         assert types(list(waiting)) == ["finished"]
         seen = []
         for event in first:
@@ -623,7 +623,7 @@ def test_a_cancelled_request_ends_and_its_slot_serves_the_next() -> None:
         assert response.report is not None
         assert 0 < len(response.tokens) < 40
         first.cancel()  # without effect
-        check(last.result(20), [8, 9])
+        check(last.result(120), [8, 9])
     assert watching.free_slots == 1
 
 
@@ -655,7 +655,7 @@ def test_an_error_of_the_model_reaches_every_request(monkeypatch: pytest.MonkeyP
         requests = [m.submit(ids) for ids in prompts(7, 5, 6, 4)]
         for request in requests:
             with pytest.raises(GenerationFailedError, match="out of memory, say"):
-                request.result(20)
+                request.result(120)
         seen = []
         with pytest.raises(GenerationFailedError):  # noqa: PT012
             for event in requests[0]:
@@ -692,7 +692,7 @@ def test_a_token_flagged_in_a_step_that_fails_does_not_pass_as_unscored(
     with attach(monitor(on_unscored="pass")) as m:
         request = m.submit(ids)
         with pytest.raises(GenerationFailedError, match="sampling failed, say"):
-            request.result(20)
+            request.result(120)
     assert request._released == want[:at]
 
 
@@ -711,7 +711,7 @@ def test_readers_hear_of_the_end_also_when_no_slot_can_be_freed(
         requests = [m.submit(ids) for ids in (prompts(*LENGTHS)[0], NEVER, [5], [6])]
         for request in requests:
             with pytest.raises(GenerationFailedError, match="sampling failed, say"):
-                request.result(20)
+                request.result(120)
 
 
 def test_after_errors_at_any_step_every_request_has_ended_and_all_slots_are_free() -> None:
@@ -765,9 +765,9 @@ def test_a_name_serves_again_as_soon_as_its_request_has_ended() -> None:
 
         first._close = ask_again
         first.cancel()
-        assert first.result(20).finish_reason == "cancelled"
-        check(again[0].result(20), [5, 6])
-        assert m.submit([5], request_id="stream-3").result(20).report.stream == "stream-3"
+        assert first.result(120).finish_reason == "cancelled"
+        check(again[0].result(120), [5, 6])
+        assert m.submit([5], request_id="stream-3").result(120).report.stream == "stream-3"
         m.submit(NEVER, max_new_tokens=40, request_id="stream-4")
         assert m.submit([5, 6]).id == "stream-5"  # the fourth, but the name is in use
 
@@ -801,8 +801,8 @@ def test_tiers_and_priors_are_each_requests_own() -> None:
     with attach(watching) as m:
         strict, moderate = m.submit(NEVER, tier="strict"), m.submit(NEVER)
         known = m.submit(NEVER, prior=[0.01, 0.99])
-        assert (strict.result(20).tokens, moderate.result(20).tokens) == ([], written(NEVER))
-        reports = [r.result(20).report for r in (strict, moderate, known)]
+        assert (strict.result(120).tokens, moderate.result(20).tokens) == ([], written(NEVER))
+        reports = [r.result(120).report for r in (strict, moderate, known)]
         assert [report.tier for report in reports] == ["strict", "moderate", "moderate"]
         assert reports[2].verdict == "HALT"
         with pytest.raises(PolicyError, match="no tier"):
@@ -846,7 +846,7 @@ def test_a_request_may_have_its_own_temperature() -> None:
     config = greedy(do_sample=True, top_k=0, temperature=1.5)
     options = batching(per_request_processors=True, seed=3)
     with attach(monitor(), batching=options, generation_config=config, enforce=False) as m:
-        cold = m.submit(NEVER, temperature=1e-4).result(20)
+        cold = m.submit(NEVER, temperature=1e-4).result(120)
         assert cold.tokens == written(NEVER)
         for wrong, message in [
             ({"temperature": 0.0}, "temperature: expected 1e-5 to 1e5, got 0.0"),
@@ -983,8 +983,8 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
         waiting = m.submit([5], request_id="mine")
         with pytest.raises(UnsupportedGenerationError, match="'mine' is there already"):
             m.submit([5], request_id="mine")
-        waiting.result(20)
-        response = m.submit(NEVER, max_new_tokens=50).result(20)
+        waiting.result(120)
+        response = m.submit(NEVER, max_new_tokens=50).result(120)
         assert (response.finish_reason, len(response.tokens)) == ("length", room - len(NEVER))
     assert watching.free_slots == 1
 
@@ -992,7 +992,7 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
 def test_the_window_ends_a_response() -> None:
     ids = [9] * (toy.WINDOW - 3)
     with attach(monitor(), enforce=False) as m:
-        response = m.submit(ids, max_new_tokens=50).result(20)
+        response = m.submit(ids, max_new_tokens=50).result(120)
         assert (response.finish_reason, len(response.tokens)) == ("length", 3)
         with pytest.raises(UnsupportedGenerationError, match="has 64 tokens"):
             m.submit([9] * toy.WINDOW)
@@ -1005,7 +1005,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     probe = Probe("x", "x", tap, torch.zeros(32), 0.0)
     watching = toy.monitor(lm, probes=[probe])
     with attach(watching, lm) as m, pytest.raises(GenerationFailedError, match="run once"):
-        m.submit([5, 6]).result(20)
+        m.submit([5, 6]).result(120)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -50,7 +50,7 @@ def test_turns_go_to_those_who_need_them_in_order() -> None:
     assert not turns.take(lambda: True)
     turns.pass_on()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert [index for index in order if index > 0] == [2, 3, 4, 6]
     assert sorted(order)[:2] == [-5, -1]
     assert turns.take(timeout=0)
@@ -87,11 +87,11 @@ def test_no_wake_up_is_lost() -> None:
                     time.sleep(1e-4)
                 inside[0] -= 1
                 turns.pass_on()
-        ends.wait(30)
+        ends.wait(120)
 
     for index in range(8):
         threading.Thread(target=work, args=(index,), daemon=True).start()
-    ends.wait(30)
+    ends.wait(120)
     assert most == [1]
     assert not turns._waiting
     assert turns.take(timeout=0)
@@ -106,7 +106,7 @@ def test_threads_that_write_without_pause_share_transactions(path: Path) -> None
     def slow(statement: str) -> None:
         if statement == "COMMIT":
             commits.append(statement)
-            time.sleep(0.005)  # as a disk's sync
+            time.sleep(0.02)  # as a disk's sync
 
     ledger._writer.connection().set_trace_callback(slow)
 

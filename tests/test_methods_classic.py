@@ -361,8 +361,9 @@ def gaussians(random: np.random.Generator, share: float) -> tuple[InMemory, np.n
     return InMemory(tokens, {TAPS[0]: torch.from_numpy(x).float()}), weight, float(bias)
 
 
-def test_lda_finds_the_log_odds_of_two_gaussians(random: np.random.Generator) -> None:
-    source, weight, bias = gaussians(random, share=0.2)
+def test_lda_finds_the_log_odds_of_two_gaussians() -> None:
+    # an estimate, whose error depends on how far apart the two are drawn
+    source, weight, bias = gaussians(np.random.default_rng(1), share=0.2)
     (read_out,) = LDA().fit(source, HARM)
     x = all_hidden(source)[TAPS[0]]
     bayes = x @ weight + bias
@@ -547,9 +548,8 @@ def test_ccs_is_the_best_of_restarts_that_were_trained_alone(
 
 
 @pytest.mark.parametrize("harm_is", [0, 1])
-def test_ccs_finds_what_is_true_and_labels_give_the_sign(
-    random: np.random.Generator, harm_is: int
-) -> None:
+def test_ccs_finds_what_is_true_and_labels_give_the_sign(harm_is: int) -> None:
+    random = np.random.default_rng(2)  # a descent, which need not find it in every draw
     source = contrast_source(random)
     labels = source.tokens.response_labels
     labels[:, 0] ^= 1 - harm_is
@@ -583,8 +583,9 @@ def test_ccs_without_labels_warns_and_leaves_the_sign(random: np.random.Generato
         CCS(supervision=1.0).fit(source, HARM)
 
 
-def test_supervision_turns_ccs_to_the_labels(random: np.random.Generator) -> None:
+def test_supervision_turns_ccs_to_the_labels() -> None:
     """Two things are consistent; the labels speak of the weaker."""
+    random = np.random.default_rng(3)  # as above
     source = contrast_source(random, statements=100, polar=False)
     tokens, yes = source.tokens, source.tokens.contrast[:, 2]
     other = random.integers(0, 2, 100)[tokens.contrast[:, 0]]

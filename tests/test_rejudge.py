@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from itertools import pairwise
 from typing import Any
 
@@ -103,8 +104,12 @@ def assert_as_recorded(recording: Recording, bundle: Bundle, reports: list[Strea
 def test_nothing_changed_gives_the_verdicts_of_the_live_run(
     rng, tmp_path, on_unscored, reads_prompt
 ):
-    seen = set()
-    for n in range(6):
+    # The case is worth its name: streams are held, let go and halted, which few bundles do alone.
+    wanted = {("CONTINUE", "HOLD"), ("HOLD", "CONTINUE"), ("HALT", "HALT")}
+    seen: set[tuple[str, str]] = set()
+    for n in range(60):
+        if n >= 6 and wanted <= seen:
+            break
         free = random_bundle(rng, reads_prompt=reads_prompt)
         bundle = with_tiers(free, rng, on_unscored=on_unscored)
         reports = live(bundle, rng, 20)
@@ -115,8 +120,7 @@ def test_nothing_changed_gives_the_verdicts_of_the_live_run(
         assert rejudge(recording, bundle).unscored.tolist() == unscored
         assert any(unscored)
         seen |= {pair for report in reports for pair in pairwise(["", *report.trace.verdict])}
-    # The case is worth its name: streams are held, let go and halted.
-    assert {("CONTINUE", "HOLD"), ("HOLD", "CONTINUE"), ("HALT", "HALT")} <= seen
+    assert wanted <= seen
 
 
 @pytest.mark.parametrize(("slots", "rows", "window"), [(1, 1, 7), (3, 50, 16), (256, 1 << 16, 64)])
@@ -134,7 +138,9 @@ def test_a_generation_of_the_testbed_replays_exactly(tmp_path, enforce):
     bundle = testbed.load_bundle()
     monitor = Monitor(bundle, slots=24, trace=192)
     seed = fresh_seed()
-    prompts = [list(testbed.sample_prompt(seed, n).messages) for n in range(24)]
+    drawn = (testbed.sample_prompt(seed, n) for n in itertools.count())
+    attacks = itertools.islice((prompt for prompt in drawn if prompt.attack), 24)
+    prompts = [list(prompt.messages) for prompt in attacks]  # two of three are halted
     inputs = tokenizer.apply_chat_template(
         prompts,
         add_generation_prompt=True,
@@ -250,7 +256,7 @@ def left(recording: Recording, judged: Any, e: int, depth: Any) -> list[int]:
 @pytest.mark.parametrize("on_unscored", ["pass", "hold", "halt"])
 def test_a_sweep_is_one_judgement_per_threshold(rng, on_unscored):
     bundle = random_bundle(rng, on_unscored=on_unscored)
-    recording = random_recording(rng, bundle, 60)
+    recording = random_recording(rng, bundle, 90)
     free = rejudge(recording, bundle, policy=toy.policy(tiers={"moderate": TIERS["moderate"]}))
     hit = rng.choice(free.risk[~np.isnan(free.risk)], 3).astype(np.float64)  # reached exactly
     thresholds = [
@@ -289,7 +295,7 @@ def test_a_sweep_is_one_judgement_per_threshold(rng, on_unscored):
                             recording.labels[row, 0] == 1
                             for row in left(recording, judged, e, depth)
                         )
-                        for e in range(60)
+                        for e in range(90)
                     ]
                 )
                 if on_unscored != "pass":  # which lets go at the end what was never judged

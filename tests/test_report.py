@@ -131,7 +131,7 @@ def test_every_figure_of_the_headline_has_a_title() -> None:
 
 
 def test_json_has_the_same_figures_and_no_nan() -> None:
-    _, found = made(np.random.default_rng(fresh_seed()))
+    _, found = made(np.random.default_rng(fresh_seed()), 150)
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} in the JSON")

@@ -43,6 +43,12 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(fresh_seed())
 
 
+@pytest.fixture
+def drawn() -> np.random.Generator:
+    """For means of simulated streams, which come near what they estimate in most draws only."""
+    return np.random.default_rng(4)
+
+
 def make_chain(transition, ending, emission, prior) -> Chain:
     emission = np.asarray(emission)
     return Chain(
@@ -261,12 +267,12 @@ def test_what_waits_is_counted_and_leaks_when_it_is_let_go(rng):
     assert nothing[HOLD] <= now[HOLD] <= many[HOLD]
 
 
-def test_the_grid_bounds_the_least_cost_from_below_and_comes_closer_with_more_points(rng):
-    chain, costs = random_latent(rng, 2, 3), random_costs(rng)
+def test_the_grid_bounds_the_least_cost_from_below_and_comes_closer_with_more_points(drawn):
+    chain, costs = random_latent(drawn, 2, 3), random_costs(drawn)
     values = [solve(chain, costs, points=points).value for points in (60, 600, 6000)]
     assert (np.diff(values) >= -1e-5).all()
     policy = solve(chain, costs, points=6000)
-    streams = simulate(chain, 6000, int(rng.integers(1 << 30)))
+    streams = simulate(chain, 6000, int(drawn.integers(1 << 30)))
     verdicts = policy_verdicts(policy, streams, follow(chain, streams, floor=0.0))
     cost = Price.of(streams, Stakes.expected(chain, streams), verdicts).cost(costs)
     noise = 5 * cost.std() / np.sqrt(len(cost))
@@ -274,10 +280,10 @@ def test_the_grid_bounds_the_least_cost_from_below_and_comes_closer_with_more_po
     assert cost.mean() <= policy.value + noise + 0.02 * policy.value
 
 
-def test_no_threshold_is_cheaper_than_the_optimal_policy(rng):
-    chain, costs = random_latent(rng, 2, 3), random_costs(rng)
+def test_no_threshold_is_cheaper_than_the_optimal_policy(drawn):
+    chain, costs = random_latent(drawn, 2, 3), random_costs(drawn)
     policy = solve(chain, costs)
-    streams = simulate(chain, 3000, int(rng.integers(1 << 30)))
+    streams = simulate(chain, 3000, int(drawn.integers(1 << 30)))
     stakes = Stakes.expected(chain, streams)
     exact = follow(chain, streams, floor=0.0)
     optimal = Price.of(streams, stakes, policy_verdicts(policy, streams, exact)).cost(costs)
@@ -303,7 +309,7 @@ def test_limits_of_the_costs(rng):
     assert (dear.verdicts(beliefs, one) == HALT).all()  # every one has some risk
     waits = solve(chain, Costs(1.0, 1e9, 1e-3), points=500)
     assert (waits.verdicts(beliefs, one) != CONTINUE).all()
-    assert waits.value <= dear.value
+    assert waits.value <= dear.value + 1e-5
     harmless_halts = solve(chain, Costs(0.0, 1.0, 1.0), points=500)
     assert harmless_halts.value == 0
 
@@ -349,11 +355,11 @@ def test_a_price_is_what_the_hold_back_queue_lets_go(rng):
         assert price.leaked[e] == sum(token >= streams.violates_at[e] for token in left)
 
 
-def test_expected_and_known_stakes_have_the_same_mean(rng):
+def test_expected_and_known_stakes_have_the_same_mean(drawn):
     verdicts = np.array([Verdict.CONTINUE])
     while {*verdicts.tolist()} != {*Verdict}:  # the risk of some chains starts at its median
-        chain = random_latent(rng, 2, 3)
-        streams = simulate(chain, 20_000, int(rng.integers(1 << 30)))
+        chain = random_latent(drawn, 2, 3)
+        streams = simulate(chain, 20_000, int(drawn.integers(1 << 30)))
         beliefs = follow(chain, streams, floor=0.0)
         risk = beliefs @ chain.horizon(3)
         hold, halt = np.quantile(risk, [0.5, 0.9]).tolist()
@@ -370,9 +376,9 @@ def test_expected_and_known_stakes_have_the_same_mean(rng):
         assert getattr(expected, name).std() < getattr(known, name).std()
 
 
-def test_simulated_streams_follow_the_closed_forms_of_the_chain(rng):
-    chain = random_latent(rng, 3, 4)
-    streams = simulate(chain, 20_000, int(rng.integers(1 << 30)))
+def test_simulated_streams_follow_the_closed_forms_of_the_chain(drawn):
+    chain = random_latent(drawn, 3, 4)
+    streams = simulate(chain, 20_000, int(drawn.integers(1 << 30)))
     violates = chain.prior[:3] @ chain.absorption()[:, 0]
     assert (~streams.safe).mean() == pytest.approx(violates, abs=0.02)
     # a violated stream has 1 / c[V] tokens from its violation on, with it
@@ -403,6 +409,17 @@ def test_a_sweep_of_levels_prices_each_as_its_own_verdicts_do(rng):
 
 
 def test_recorded_streams_have_the_risk_and_the_verdicts_of_the_kernels(rng):
+    checked = held = 0
+    for _ in range(20):  # some chains hold no stream, or tell no two risks apart
+        one, other = checked_against_the_kernels(rng)
+        checked, held = checked + one, held + other
+        if min(checked, held) > 10:
+            return
+    raise AssertionError(f"{checked} rows checked, {held} held")
+
+
+def checked_against_the_kernels(rng) -> tuple[int, int]:
+    """Rows of a random recording that were compared, and those of them that are held."""
     bundle = random_bundle(rng)
     recording = random_recording(rng, bundle, 400)
     thresholds = Thresholds(horizon=5, halt_at=1.0)
@@ -410,6 +427,8 @@ def test_recorded_streams_have_the_risk_and_the_verdicts_of_the_kernels(rng):
     risk = rejudge(recording, bundle, policy=policy).risk
     some = np.unique(risk[~np.isnan(risk)])
     apart = np.flatnonzero(np.diff(some) > 1e-4)  # the kernels compare in fp32
+    if not len(apart):
+        return 0, 0
     low, middle, high = (float(some[apart[int(q * len(apart))] :][:2].mean()) for q in _SHARES)
     thresholds = Thresholds(horizon=5, halt_at=high, hold_at=middle, release_at=low)
     policy = Policy(tiers={"moderate": thresholds}, default_tier="moderate", on_unscored="hold")
@@ -432,10 +451,10 @@ def test_recorded_streams_have_the_risk_and_the_verdicts_of_the_kernels(rng):
         theirs = judged.verdict[rows][there][upto]
         np.testing.assert_array_equal(verdicts[place][upto], theirs)
         checked, held = checked + len(place), held + (theirs == HOLD).sum()
-    assert min(checked, held) > 10
     truth = Outcomes.of(recording, judged, [HAZARD])
     np.testing.assert_array_equal(streams.tokens, truth.tokens[used])
     np.testing.assert_array_equal(streams.safe, truth.safe[used])
+    return checked, held
 
 
 def test_a_recording_of_which_nothing_is_known_is_refused(rng):

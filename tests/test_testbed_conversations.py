@@ -93,11 +93,13 @@ def test_shape(oracle, conversations):
     """A gate without memory cannot do well here: many openings are the only one of their talk."""
     count = [sum(conversation.labels.opened) for conversation in conversations]
     harmful = [conversation.labels.harmful for conversation in conversations]
-    assert within_error(harmful, np.full(len(harmful), oracle.process.chain.absorption()[0, 0]))
-    assert 0.36 < np.mean(harmful) < 0.48
-    assert 0.25 < np.mean(np.array(count) == 1) < 0.38
+    share = oracle.process.chain.absorption()[0, 0]
+    assert within_error(harmful, np.full(len(harmful), share))
+    assert 0.36 < share < 0.48
+    # shares of 1,500: 0.32, 0.74 and 0.03, at least seven standard errors from their bounds
+    assert 0.22 < np.mean(np.array(count) == 1) < 0.42
     lengths = np.array([len(conversation.turns) for conversation in conversations])
-    assert np.mean((lengths >= 3) & (lengths <= 10)) > 0.68
+    assert np.mean((lengths >= 3) & (lengths <= 10)) > 0.65
     assert np.mean(lengths > 15) < 0.07
     # block at the first opening: half of the harmless ones are halted, no harmful one in time
     harmless = ~np.array(harmful)

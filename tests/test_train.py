@@ -109,7 +109,9 @@ def test_every_method_takes_texts_between_special_tokens() -> None:
 
 
 def test_one_method_may_read_prompt_and_response_at_one_tap() -> None:
-    bank = trained(made_up(fresh_seed())).bundle.bank
+    data = made_up(fresh_seed())
+    data._hidden[TAPS[1]] = data._hidden[TAPS[1]].flip(0)  # tells nothing of these labels
+    bank = trained(data).bundle.bank
     assert {probe.reads for probe in bank.heads} == {"prompt", "response"}
     assert len({probe.tap for probe in bank.heads}) == 1
 

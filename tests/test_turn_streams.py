@@ -100,7 +100,7 @@ def test_the_evidence_is_the_peak_detect_risk_whatever_the_tier_looks_ahead_to()
         report = report_of(Monitor(bundle, slots=1, trace=32), logits)
         found = TurnEvidence(bundle).log_hazard(report)
         assert found is not None
-        assert math.exp(-found) == pytest.approx(1 - max(risks), rel=1e-5, abs=5e-7)  # p is fp32
+        assert math.exp(-found) == pytest.approx(1 - max(risks), rel=1e-5, abs=2e-6)  # p is fp32
 
 
 def test_a_prior_that_was_carried_over_is_no_evidence() -> None:
