@@ -583,7 +583,7 @@ def test_a_slow_model_stops_the_upstream(front: Proxy) -> None:
             await until(lambda: connection.is_stuck and pump._sent - pump._read > AHEAD)
             assert pump._sent - pump._read <= AHEAD + 1024
             before = pump._read
-            await until(lambda: pump._read > before)
+            await until(lambda before=before: pump._read > before)
         assert not [e for e in front.seen.streams[stream.ask.stream] if e.type == "error"]
         stream.cancel()
         events = await events_of(stream)
