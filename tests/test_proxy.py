@@ -243,7 +243,7 @@ def test_and_one_that_leaves_before_the_upstream_answers(front: Proxy) -> None:
             await submitting
         await front.upstream.seen[-1].gone.wait()
         told = front.seen.streams[f"s{front._count}"]
-        await until(lambda: told[-1].type == "finished")
+        await until(lambda: [e.type for e in told[-1:]] == ["finished"])
 
     front.run(leave())
 
