@@ -155,7 +155,9 @@ def load(streams: int, seconds: float) -> dict[str, Any]:
             tally = loaded.result()
             took = time.monotonic() - begun
             busy = [cpu(front) - before[0], cpu(worker) - before[1]]
-            wait_until(lambda: idle(service.metrics()), STARTING, "slots leak, or streams never end")
+            wait_until(
+                lambda: idle(service.metrics()), STARTING, "slots leak, or streams never end"
+            )
             check(tally, service.metrics(), service)
         ended = steps_of(log.read_bytes())  # the worker has closed it
     settled = begun + seconds * WARM_UP

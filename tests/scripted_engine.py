@@ -38,7 +38,7 @@ def report(ask, *, risks, halted_at=None, reason="stop", prompt_tokens=4):
 class ScriptedEngine:
     """Answers every request with the same pieces of text; halts at ``halt_after`` of them.
 
-    Before piece ``pause_at`` a stream waits until it is told to `ScriptedStream.go_on`, or cancelled.
+    Before piece ``pause_at`` a stream waits until it is told to go on, or cancelled.
     """
 
     def __init__(

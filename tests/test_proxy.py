@@ -246,7 +246,7 @@ def test_and_one_that_leaves_before_the_upstream_answers(front: Proxy) -> None:
             await submitting
         await front.upstream.seen[-1].gone.wait()
         told = front.seen.streams[f"s{front._count}"]
-        await until(lambda: told[-1].type == "finished")
+        await until(lambda: [e.type for e in told[-1:]] == ["finished"])
 
     front.run(leave())
 
@@ -589,7 +589,7 @@ def test_a_slow_model_stops_the_upstream(front: Proxy) -> None:
             await until(lambda: connection.is_stuck and pump._sent - pump._read > AHEAD)
             assert pump._sent - pump._read <= AHEAD + 1024
             before = pump._read
-            await until(lambda: pump._read > before)
+            await until(lambda before=before: pump._read > before)
         assert not [e for e in front.seen.streams[stream.ask.stream] if e.type == "error"]
         stream.cancel()
         events = await events_of(stream)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 
 async def begun(house: House, pause: Path, count: int = 4) -> list[Any]:
-    """Streams that stand still while the file is there: four have released something, others wait."""
+    """Streams that stand still while the file is there: four have begun, the others wait."""
     pause.write_text(str(count))
     streams = [await house.engine.submit(ask(i, tier="loose")) for i in range(count)]
     for stream in streams[:4]:

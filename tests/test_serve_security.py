@@ -162,7 +162,7 @@ def listening():
 
 @pytest.fixture(scope="module")
 def impatient():
-    """A short time for heads, so that what is half a request ends soon; perhaps also a whole one."""
+    """A short time for heads, so that half a request ends soon; perhaps a whole one, too."""
     service = Service(settings={"header_seconds": 0.3})
     with service.listening() as address:
         yield address
