@@ -6,6 +6,7 @@ meet.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -47,6 +48,10 @@ def reason_not_to_run() -> str | None:
     with open("/proc/cpuinfo") as file:
         if " avx2 " not in file.read():
             return "vLLM's CPU build needs AVX2"
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return "vLLM's CPU build needs libnuma.so.1 (apt-get install libnuma1)"
     if shutil.which("lscpu") is None:
         return "vLLM's CPU build asks lscpu (util-linux) for the machine's cores"
     return None
