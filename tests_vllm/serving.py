@@ -267,4 +267,4 @@ def assert_as_reference(asked: list[Reference], answers: list[Answer]) -> None:
         or answer.finish_reason != reference.finish_reason
         or answer.tokens - (reference.finish_reason == "stop") != len(reference.delivered)
     ]
-    assert not wrong
+    assert not wrong, wrong
