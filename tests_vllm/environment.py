@@ -32,8 +32,7 @@ os.environ |= {
     # vLLM would bind its thread to a core, where other processes may be busy.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
-    # Its queues take ten times this of /dev/shm, of which a container may have 64 MB.
-    "VLLM_MQ_MAX_CHUNK_BYTES_MB": "1",
+    "VLLM_MQ_MAX_CHUNK_BYTES_MB": "1",  # its queue of steps takes ten times this of /dev/shm
     # A server that closes a connection as the client uses it again fails the request.
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "86400",
     "VLLM_ENGINE_READY_TIMEOUT_S": "3600",
@@ -52,6 +51,8 @@ def reason_not_to_run() -> str | None:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
         return "vLLM's CPU build needs libnuma.so.1 (apt-get install libnuma1)"
+    if shutil.disk_usage("/dev/shm").free < 2**28:
+        return "vLLM starts with 240 MiB of /dev/shm free, and no less (docker run --shm-size=1g)"
     if shutil.which("lscpu") is None:
         return "vLLM's CPU build asks lscpu (util-linux) for the machine's cores"
     return None
