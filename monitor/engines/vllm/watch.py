@@ -82,7 +82,7 @@ class Watch:
 
         They are until :meth:`judge`: some runners hand them over only then.
         """
-        # A set of strings has another order in each process, and slots must be the same on all ranks.
+        # A set of strings has another order in each process; slots must be the same on all ranks.
         for request in sorted(scheduler_output.finished_req_ids):
             self._retire(request)
         for new in scheduler_output.scheduled_new_reqs:
