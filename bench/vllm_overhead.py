@@ -41,7 +41,8 @@ from serving import NAME, VLLM, Server  # noqa: E402
 STREAMS = (1, 16)
 OPTIONS = (
     *("--dtype", "bfloat16", "--max-num-seqs", "16", "--max-model-len", "1024"),
-    *("--no-enable-prefix-caching", "--served-model-name", NAME, "--host", "127.0.0.1"),
+    *("--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"),
+    *("--served-model-name", NAME, "--host", "127.0.0.1"),
 )
 
 
@@ -50,7 +51,7 @@ class Measured(Server):
 
     def __init__(self, folder: Path, *start: str) -> None:
         folder.mkdir()
-        super().__init__(folder)
+        super().__init__(folder, environment={"VLLM_CPU_OMP_THREADS_BIND": "auto"})
         self._command = [*start, *OPTIONS, "--port", str(self.port)]
 
     def stop(self) -> None:

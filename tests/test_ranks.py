@@ -134,7 +134,7 @@ def watch(rank: int, groups: list[list[int]], agree: bool, noise: float = 0.0) -
     if noise and rank == 1:
         generator = torch.Generator().manual_seed(9)
         hidden = hidden * (1 + noise * torch.randn(hidden.shape, generator=generator))
-    agreement = Agreement(monitor.slots, dist.group.WORLD, timeout=WAIT) if agree else None
+    agreement = Agreement(monitor.slots, dist.group.WORLD, timeout=WAIT * 12) if agree else None
     for i in range(len(ids)):
         monitor.admit(f"s{i}", 1)
     verdicts = []
@@ -200,8 +200,8 @@ def test_ranks_whose_residuals_differ_disagree_unless_one_of_them_decides(tmp_pa
 
 def dies(rank: int, which: int, how: str) -> tuple[str, float] | None:
     monitor = toy.monitor()
+    Agreement(monitor.slots, dist.group.WORLD, timeout=WAIT * 12)()  # once both are there
     agree = Agreement(monitor.slots, dist.group.WORLD, timeout=WAIT)
-    agree()
     dist.barrier()
     start = time.monotonic()
     if rank == which:

@@ -22,9 +22,9 @@ EMBEDDING = toy.model().get_input_embeddings().weight.detach()
 class FakeEngine:
     """Feeds given tokens as vLLM would: in chunks, in any order, some of them twice."""
 
-    def __init__(self, slots=8, **fields):
+    def __init__(self, slots=8, agree=None, **fields):
         self.monitor = toy.monitor(slots=slots, **fields)
-        self.watch = Watch(self.monitor, self, toy.EOS)
+        self.watch = Watch(self.monitor, self, toy.EOS, agree)
         self.finished = set()
 
     def attach(self, taps, read):
@@ -126,6 +126,24 @@ def test_a_prefix_from_the_cache_is_a_gap():
     engine.finish("a")
     engine.step({})
     assert engine.watch.status()["unscored"] == 6
+
+
+def test_judgements_say_how_many_rows_had_no_score():
+    engine = FakeEngine(on_unscored="pass")
+    read = engine.read
+    engine.step({"a": (0, [7])}, [new("a", [7])])
+    counts = []
+    for position, missing in enumerate([False, True, False, True], start=1):
+        engine.read = lambda tap, rows, m=missing: read(tap, rows * float("nan") if m else rows)
+        counts.append(engine.step({"a": (position, [8])})["a"][4])
+    assert counts == [0, 1, 1, 2]
+
+
+def test_the_rank_that_decides_is_heard_before_a_row_is_halted_or_told():
+    engine = FakeEngine(agree=lambda: engine.monitor.slots.verdict.fill_(int(Verdict.HALT)))
+    judged = engine.step({"a": (0, [7])}, [new("a", [7])])
+    assert judged["a"][1] == Verdict.HALT
+    assert engine.watch.force_end(torch.randn(1, 24)).argmax() == toy.EOS
 
 
 def test_only_halted_rows_are_forced_to_end():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any, Self
 
 import openai
 import torch
+from environment import LIMIT
 
 from midstream import testbed
 from midstream.engines.hf import encode
@@ -27,13 +29,7 @@ from midstream.monitor import Monitor
 MIDSTREAM = Path(sys.executable).with_name("midstream")
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 NAME = "testbed"
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-    "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
+ROOM = "64M"  # for keys and values; by default vLLM takes most of the machine's memory
 
 
 def command(*options: str, bundle: Path | None = testbed.BUNDLE_DIR) -> list[str]:
@@ -55,53 +51,72 @@ class Server:
         eager: bool = True,
         environment: dict[str, str] | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        # Bound and not listening, it keeps the port from everyone who does not say REUSEADDR.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port = self._reserved.getsockname()[1]
         self.log = folder / "server.log"
         self._command = command(
             *("--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME),
-            *("--dtype", "float32", "--max-num-seqs", "16", *(["--enforce-eager"] * eager)),
+            *("--dtype", "float32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", ROOM),
+            *["--enforce-eager"] * eager,
             *options,
             bundle=bundle,
         )
         self._folder = folder
-        self._environment = {**ENVIRONMENT, **(environment or {})}
+        self._environment = os.environ | (environment or {})
 
     def __enter__(self) -> Self:
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
-                env={**os.environ, **self._environment},
+                env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + LIMIT
         while True:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
-                return self
-            except OSError:
-                time.sleep(0.5)
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                tail = self.log.read_text()[-4000:]
+                raise RuntimeError(f"the server {'ended' if ended else 'hangs'} at start:\n{tail}")
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(self._url("/health"), timeout=LIMIT).close()
+                return
+            time.sleep(0.5)
 
     def __exit__(self, *error: object) -> None:
-        os.killpg(self._process.pid, signal.SIGTERM)
-        try:
+        """End the server and the processes it started, whichever of them are left."""
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._reserved.close()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self._url("/v1"), api_key="none", max_retries=0)
+        return openai.OpenAI(
+            base_url=self._url("/v1"), api_key="none", max_retries=0, timeout=LIMIT
+        )
 
     def async_client(self) -> openai.AsyncOpenAI:
-        # The client's own 5 s to connect are too few on a machine under load.
         return openai.AsyncOpenAI(
-            base_url=self._url("/v1"), api_key="none", max_retries=0, timeout=300
+            base_url=self._url("/v1"), api_key="none", max_retries=0, timeout=LIMIT
         )
 
     def statuses(self) -> list[dict[str, int]]:
@@ -111,7 +126,7 @@ class Server:
             json.dumps({"method": "midstream_status"}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=LIMIT) as reply:
             return json.load(reply)["results"]
 
     def status(self) -> dict[str, int]:
@@ -119,12 +134,17 @@ class Server:
 
     def idle_status(self) -> dict[str, int]:
         """The same once every stream has left; fails when one never does."""
-        for _ in range(100):
-            if (status := self.status())["streams"] == 0:
-                assert status["free"] == status["slots"]
-                return status
+        deadline = time.monotonic() + LIMIT
+        while (status := self.status())["streams"]:
+            assert time.monotonic() < deadline, f"streams stay: {status}"
             time.sleep(0.1)
-        raise AssertionError(f"streams stay: {status}")
+        assert status["free"] == status["slots"]
+        return status
+
+    def logged(self, type: str) -> list[dict[str, Any]]:
+        """Events of one type in the log."""
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line[line.index("{") :]) for line in lines if f'"type":"{type}"' in line]
 
     def _url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -247,4 +267,4 @@ def assert_as_reference(asked: list[Reference], answers: list[Answer]) -> None:
         or answer.finish_reason != reference.finish_reason
         or answer.tokens - (reference.finish_reason == "stop") != len(reference.delivered)
     ]
-    assert not wrong
+    assert not wrong, wrong

@@ -6,6 +6,7 @@ import json
 import urllib.request
 
 import pytest
+from environment import LIMIT
 from serving import NAME, Server, references
 
 from midstream import testbed
@@ -30,11 +31,12 @@ TOOL = {"type": "function", "function": {"name": "open", "parameters": {"type": 
 
 @pytest.fixture(scope="module")
 def eager_server(tmp_path_factory):
-    """Its strict tier halts before the first token."""
+    """Its strict tier halts before the first token; what was never judged may leave."""
     folder = tmp_path_factory.mktemp("endpoints")
     bundle = testbed.load_bundle()
     policy = bundle.policy.model_dump()
     policy["tiers"]["strict"]["halt_at"] = 1e-6
+    policy["on_unscored"] = "pass"
     bundle.with_policy(Policy.model_validate(policy)).save(folder / "bundle")
     (folder / "parser.py").write_text(PARSER)
     with Server(
@@ -83,7 +85,7 @@ def post(running, path, body):
         json.dumps({"model": NAME, **body}).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as reply:
+    with urllib.request.urlopen(request, timeout=LIMIT) as reply:
         return reply.read().decode()
 
 
@@ -128,3 +130,24 @@ def test_conversations_in_a_batch(eager_server, halted):
     choices = json.loads(post(eager_server, "/v1/chat/completions/batch", asked))["choices"]
     assert [c["finish_reason"] for c in choices] == ["content_filter"] * 2
     assert [c["message"]["content"].strip() for c in choices] == [delivered(halted)] * 2
+
+
+def test_a_token_that_no_step_can_judge_is_counted_where_it_may_leave(eager_server):
+    """vLLM never feeds the last position of the window."""
+    whole = references(2, (470,))[1]
+    choice = (
+        eager_server.client()
+        .completions.create(
+            model=NAME,
+            prompt=whole.prompt,
+            temperature=0,
+            max_tokens=512 - len(whole.prompt),
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        .choices[0]
+    )
+    assert len(whole.prompt) + len(choice.token_ids) == 512
+    (event,) = eager_server.logged("finished")
+    assert (event["delivered"], event["delivered_unscored"]) == (len(choice.token_ids), 1)
+    assert event["message"] == "length"
+    assert "text" not in event

@@ -19,15 +19,19 @@ PROMPT = 5
 GO, HOLD, HALT = Verdict.CONTINUE, Verdict.HOLD, Verdict.HALT
 
 
-def sent(verdicts, tokens, finish=None, **policy):
-    """What leaves in each step: ``tokens`` are sampled one a step, after the step's verdict."""
+def sent(verdicts, tokens, finish=None, unscored=None, **policy):
+    """What leaves in each step: ``tokens`` are sampled one a step, after the step's verdict.
+
+    ``unscored`` is how many rows had no score by then.
+    """
     held_back = testbed.load_bundle().policy.model_copy(update=policy)
     scheduler = object.__new__(MonitoredScheduler)
     scheduler._halt_reason = stop_reason(held_back)
-    scheduler._held = {"r": _Held(Session("r", held_back, "0" * 64), 99, {})}
+    scheduler._held = {"r": _Held(Session("r", held_back, "0" * 64), 99)}
     outputs = []
     for step, (verdict, token) in enumerate(zip(verdicts, tokens, strict=True)):
-        scheduler._judgements = {"r": (PROMPT - 1 + step, verdict, 0.5, None)}
+        missed = unscored[step] if unscored else 0
+        scheduler._judgements = {"r": (PROMPT - 1 + step, verdict, 0.5, None, missed)}
         event = EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, float(step))
         row = np.array([[float(token or 0)]], dtype=np.float32)
         output = EngineCoreOutput(
@@ -80,12 +84,12 @@ def test_a_stream_that_ends_held_is_told_as_filtered():
     held = testbed.load_bundle().policy
     scheduler = object.__new__(MonitoredScheduler)
     scheduler._halt_reason = stop_reason(held)
-    scheduler._held = {"r": _Held(Session("r", held, "0" * 64), 99, {})}
+    scheduler._held = {"r": _Held(Session("r", held, "0" * 64), 99)}
     for position, verdict, token, finish in (
         (PROMPT - 1, GO, 10, None),
         (PROMPT, HOLD, 2, FinishReason.STOP),
     ):
-        scheduler._judgements = {"r": (position, verdict, 0.5, None)}
+        scheduler._judgements = {"r": (position, verdict, 0.5, None, 0)}
         output = EngineCoreOutput("r", [token], finish_reason=finish)
         sends = scheduler._lets_go(output)
     assert sends
@@ -101,3 +105,24 @@ def test_a_token_without_a_judgement_never_leaves():
     assert output.new_token_ids == []
     with pytest.raises(RuntimeError, match="judged nothing"):
         scheduler._update_request_with_output(SimpleNamespace(request_id="r"), [10])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "finish", "unscored", "delivered"),
+    [
+        # One of the prompt, which a cache spared, and that of 11; 2 ends the stream.
+        ([10, 11, 12, 2], FinishReason.STOP, [1, 1, 2, 2], (3, 1)),
+        # No step is left in which 13 could be judged.
+        ([10, 11, 12, 13], FinishReason.LENGTH, [0, 0, 0, 1], (4, 2)),
+    ],
+)
+def test_tokens_that_leave_without_a_score_are_counted(logged, tokens, finish, unscored, delivered):
+    sent([GO] * 4, tokens, finish, unscored, on_unscored="pass")
+    (event,) = logged
+    assert (event["type"], event["message"]) == ("finished", str(finish))
+    assert (event["delivered"], event["delivered_unscored"]) == delivered
+
+
+def test_a_stream_whose_tokens_all_had_scores_is_not_logged(logged):
+    sent([GO] * 4, [10, 11, 12, 2], FinishReason.STOP, [1] * 4, on_unscored="pass")
+    assert logged == []

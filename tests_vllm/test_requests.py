@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import openai
 import pytest
 from serving import NAME, references
@@ -138,8 +136,7 @@ def test_refused(complete, whole, options, message):
 
 def test_the_log_names_a_halt_and_no_text(complete, halted, server):
     reply = complete(halted)
-    lines = [line for line in server.log.read_text().splitlines() if '"type":"halted"' in line]
-    event = json.loads(lines[-1][lines[-1].index("{") :])
+    event = server.logged("halted")[-1]
     assert event["stream"].startswith(reply.id)
     assert event["position"] == len(halted.prompt) + halted.halted_after
     assert event["bundle"] == testbed.load_bundle().hash

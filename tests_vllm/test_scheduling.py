@@ -35,14 +35,14 @@ from midstream.kernels.tables import Verdict
 RUNNING, BLOCK, BLOCKS = 4, 16, 14
 
 
-def configuration():
+def configuration(bundle=testbed.BUNDLE_DIR):
     return EngineArgs(
         model=str(testbed.MODEL_DIR),
         dtype="float32",
         worker_cls=WORKER,
         scheduler_cls=SCHEDULER,
         logits_processors=[PROCESSOR],
-        additional_config={KEY: {"bundle": str(testbed.BUNDLE_DIR)}},
+        additional_config={KEY: {"bundle": str(bundle)}},
         max_num_seqs=RUNNING,
         max_num_batched_tokens=24,
         max_model_len=128,
@@ -51,8 +51,8 @@ def configuration():
     ).create_engine_config()
 
 
-def scheduler(*, ahead):
-    config = configuration()
+def scheduler(*, ahead=False, **options):
+    config = configuration(**options)
     config.scheduler_config.async_scheduling = ahead
     config.cache_config.num_gpu_blocks = BLOCKS
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
@@ -78,8 +78,8 @@ def token(request, position):
 class Worker:
     """Judges and samples as a worker would, from what it is sent; knows no more."""
 
-    def __init__(self, halts):
-        self.halts = halts
+    def __init__(self, halts, *, scores=True):
+        self.halts, self.scores = halts, scores
         self.known, self.most = {}, 0
 
     def run(self, step):
@@ -95,7 +95,8 @@ class Worker:
             last = first[request] + rows - 1
             halts = self.halts.get(request, last + 1) <= last
             verdict = Verdict.HALT if halts else Verdict.CONTINUE
-            judgements[request] = (last, int(verdict), 0.5, None)
+            unscored = 0 if self.scores else last + 1
+            judgements[request] = (last, int(verdict), 0.5, None, unscored)
             whole = last + 1 == self.known[request]
             self.known[request] += whole
             sampled.append([token(request, last + 1)] if whole else [])
@@ -153,6 +154,21 @@ def test_streams_under_pressure(seed, ahead):
         halted = halts.get(name, prompt + limit) < prompt + limit
         assert ends[name].finish_reason == (FinishReason.STOP if halted else FinishReason.LENGTH)
         assert ends[name].stop_reason == (engine._halt_reason if halted else None)
+
+
+def test_unscored_tokens_of_a_stream_whose_client_left_are_counted(tmp_path, logged):
+    bundle = testbed.load_bundle()
+    policy = bundle.policy.model_copy(update={"on_unscored": "pass"})
+    bundle.with_policy(policy).save(tmp_path / "bundle")
+    engine, worker = scheduler(bundle=tmp_path / "bundle"), Worker({}, scores=False)
+    engine.add_request(Request("r", [1] * 3, SamplingParams(max_tokens=9), None))
+    for _ in range(4):
+        step = engine.schedule()
+        engine.update_from_output(step, worker.run(step))
+    engine.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    (event,) = logged
+    assert (event["delivered"], event["delivered_unscored"]) == (3, 3)
+    assert event["message"] == "abort"
 
 
 def test_what_would_pass_the_monitor_by_is_refused(monkeypatch):

@@ -6,16 +6,17 @@ logits processors, the mixin through which models return auxiliary states, and t
 
 from __future__ import annotations
 
-import os
-import subprocess
 from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
 import torch
-from serving import ENVIRONMENT, command
+from serving import Server
 from torch import nn
 from transformers import LlamaConfig
+from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
@@ -23,10 +24,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_by_fqcns
 
 from midstream import testbed
+from midstream.engines.vllm import frontend
+from midstream.engines.vllm import worker as module
 from midstream.engines.vllm.halting import HaltingProcessor
 from midstream.engines.vllm.model import attach_taps
+from midstream.engines.vllm.runner import LayerRunner
 from midstream.engines.vllm.runner_v2 import AuxiliaryRunner
-from midstream.engines.vllm.settings import PROCESSOR, UnsupportedEngineError
+from midstream.engines.vllm.settings import KEY, PROCESSOR, UnsupportedEngineError
 from midstream.engines.vllm.watch import JUDGEMENTS, Watch
 from midstream.engines.vllm.worker import _JudgedLater
 from midstream.kernels.tables import Verdict
@@ -207,6 +211,46 @@ def test_a_model_that_does_not_name_its_stream_is_refused():
         AuxiliaryRunner(runner).attach(TAPS, print)
 
 
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_the_older_runner_with_cuda_graphs_is_refused(mode):
+    compilation = Namespace(cudagraph_mode=CUDAGraphMode[mode])
+    runner = Namespace(
+        device=torch.device("cuda"), vllm_config=Namespace(compilation_config=compilation)
+    )
+    message = rf"the older model runner with CUDA graphs \({mode}\)"
+    with pytest.raises(UnsupportedEngineError, match=message):
+        LayerRunner(runner)
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    LayerRunner(runner)
+
+
+def test_weights_of_another_model_are_not_run(monkeypatch):
+    bundle = testbed.load_bundle()
+    other = bundle.fingerprint.model_copy(update={"weights_sha256": "0" * 64})
+    monkeypatch.setattr(module.PlatformWorker, "reload_weights", lambda self: None)
+    monkeypatch.setattr(module, "_tokenizer", lambda config: None)
+    monkeypatch.setattr(module, "fingerprint", lambda model, tokenizer: other)
+    monkeypatch.setattr(module, "bundle_of", lambda config: bundle)
+    worker = object.__new__(module.MonitoredWorker)
+    worker.vllm_config = Namespace(model_config=None)
+    worker.model_runner = Namespace(get_model=lambda: None)
+    for call in (worker.reload_weights, lambda: worker.execute_model(None)):
+        with pytest.raises(ValueError, match="wrong model: weights_sha256 is"):
+            call()
+
+
+def test_a_front_end_without_the_plugin_is_refused(monkeypatch):
+    monkeypatch.setattr(frontend, "_policy", None)
+    with pytest.raises(UnsupportedEngineError, match="did not load midstream's plugin"):
+        HaltingProcessor.validate_params(SamplingParams())
+
+
+def test_a_prompt_in_pieces_is_refused():
+    watched = Namespace(vllm_config=Namespace(additional_config={KEY: {}}))
+    with pytest.raises(VLLMValidationError, match="a prompt that comes in pieces"):
+        frontend._process(print, watched, resumable=True)
+
+
 @pytest.mark.parametrize("load", [_load_logitsprocs_by_fqcns, _load_v2_logitsprocs_by_fqcns])
 def test_both_loaders_take_the_logits_processor(load):
     assert load([PROCESSOR]) == [HaltingProcessor]
@@ -231,30 +275,21 @@ def test_judgements_wait_for_an_output_that_is_on_its_way():
 )
 def test_a_server_that_cannot_be_watched_says_so_and_ends(options, message, tmp_path):
     """Before the engine's processes are started."""
-    ended = subprocess.run(
-        command(*options, "--enforce-eager"),
-        cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode != 0
-    assert message in ended.stderr.splitlines()[-1]
-    assert "EngineCore" not in ended.stdout
+    log = refused(Server(tmp_path, *options))
+    assert any(message in line for line in log.splitlines()[-3:])
+    assert "EngineCore" not in log
 
 
 def test_a_bundle_for_another_model_is_refused(tmp_path):
     bundle = testbed.load_bundle()
     other = bundle.fingerprint.model_copy(update={"weights_sha256": "0" * 64})
     bundle.with_fingerprint(other).save(tmp_path / "bundle")
-    ended = subprocess.run(
-        command("--enforce-eager", bundle=tmp_path / "bundle"),
-        cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode != 0
-    assert "wrong model: weights_sha256 is" in ended.stdout + ended.stderr
+    log = refused(Server(tmp_path, bundle=tmp_path / "bundle"))
+    assert "wrong model: weights_sha256 is" in log
+
+
+def refused(server):
+    """Start a server that will not have it; return what it said."""
+    with pytest.raises(RuntimeError, match="the server ended at start"), server:
+        pass
+    return server.log.read_text()

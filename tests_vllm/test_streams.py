@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -62,11 +62,8 @@ def test_a_client_that_leaves_frees_its_slot(server):
         with stream:
             next(iter(stream))
 
-    readers = [threading.Thread(target=leave_early, args=(r,)) for r in asked[:8]]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
+    with ThreadPoolExecutor(8) as readers:
+        list(readers.map(leave_early, asked[:8]))
     server.idle_status()
     assert_as_reference(asked[:4], ask_all(server, asked[:4]))
 

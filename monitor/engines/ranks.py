@@ -2,8 +2,8 @@
 
 With tensor parallel every rank sees the same residual stream, and a row's logits do not depend on
 the rows beside it, so all ranks come to the same verdict by themselves as long as the all-reduce
-gives each the same bits. Where that is not certain, :class:`Agreement` copies the verdicts of one
-rank to the others: ranks that disagree about a halt would sample different tokens.
+gives each the same bits. No engine promises that, and ranks that disagree about a halt would sample
+different tokens: :class:`Agreement` copies the verdicts of one rank to the others.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ flagged or the forced one after it. What is not released never leaves the engine
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,14 +37,17 @@ class _Token(NamedTuple):
     logprobs: LogprobsLists | None
 
 
-class _Held(NamedTuple):
+@dataclass
+class _Held:
     """What of a stream waits to leave."""
 
     session: Session[_Token]
     limit: int
     """Tokens that the request asked for."""
-    first: dict[str, Any]
+    first: dict[str, Any] = field(default_factory=dict)
     """What vLLM sends beside the first tokens."""
+    unscored: int = 0
+    """Rows without a score, up to the newest judgement."""
 
 
 class MonitoredScheduler(Scheduler):  # type: ignore[misc]
@@ -74,14 +78,16 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         super().add_request(request)
         policy = self._bundle.policy
         session: Session[_Token] = Session(request.request_id, policy, self._bundle.hash)
-        self._held[request.request_id] = _Held(session, request.max_tokens, {})
+        self._held[request.request_id] = _Held(session, request.max_tokens)
         request.max_tokens += 1
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
         """Forget what is held of requests that are ended from outside."""
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
         for request in finished:
-            self._held.pop(request.request_id, None)
+            held = self._held.pop(request.request_id, None)
+            if held is not None:
+                _tell(held.session, str(request.get_finished_reason()))
         return finished
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -104,7 +110,7 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
         tokens, stopped = super()._update_request_with_output(
             request, new_token_ids, *args, **kwargs
         )
-        _, verdict, _, _ = judgement
+        verdict = judgement[1]
         if verdict == Verdict.HALT:
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = self._halt_reason
@@ -123,8 +129,11 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
             output.new_token_ids, output.new_logprobs = [], None
             return bool(output.finished)  # ended from outside
         session = held.session
-        position, verdict, risk, cause = judgement
-        leaving, events = session.judge(position, Verdict(verdict), risk, cause)
+        position, verdict, risk, cause, unscored = judgement
+        leaving, events = session.judge(
+            position, Verdict(verdict), risk, cause, scored=unscored == held.unscored
+        )
+        held.unscored = unscored
         for event in events:
             if event.type == "halted":
                 logger.info("%s", event.model_dump_json(exclude_none=True))
@@ -140,6 +149,7 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
                 output.finish_reason, output.stop_reason = FinishReason.STOP, self._halt_reason
                 end = []
             leaving += end
+            _tell(session, str(output.finish_reason))
         elif not leaving:
             _keep(output, held.first)
             return False
@@ -149,6 +159,19 @@ class MonitoredScheduler(Scheduler):  # type: ignore[misc]
 
 class MonitoredAsyncScheduler(MonitoredScheduler, AsyncScheduler):  # type: ignore[misc]
     """The same, one step ahead of the device."""
+
+
+def _tell(session: Session[_Token], reason: str) -> None:
+    """Log the end of a stream out of which tokens left without a score, and how many."""
+    queue = session.hold_back
+    if queue.released_unscored:
+        event = session.event(
+            "finished",
+            message=reason,
+            delivered=queue.released,
+            delivered_unscored=queue.released_unscored,
+        )
+        logger.warning("%s", event.model_dump_json(exclude_none=True))
 
 
 def _tokens(output: EngineCoreOutput) -> list[_Token]:
@@ -161,9 +184,9 @@ def _tokens(output: EngineCoreOutput) -> list[_Token]:
 
 def _keep(output: EngineCoreOutput, first: dict[str, Any]) -> None:
     """Put what is sent only once aside, for the output in which the first token leaves."""
-    for field in _ONCE:
-        if (value := getattr(output, field)) is not None:
-            first[field] = value
+    for name in _ONCE:
+        if (value := getattr(output, name)) is not None:
+            first[name] = value
     first.setdefault("events", []).extend(output.events or [])
 
 
@@ -175,6 +198,6 @@ def _send(output: EngineCoreOutput, leaving: list[_Token], first: dict[str, Any]
         columns = list(zip(*rows, strict=True))[:3]
         output.new_logprobs = LogprobsLists(*(np.concatenate(column) for column in columns))
     output.events = first.pop("events", []) + (output.events or []) or None
-    for field in _ONCE:
-        if field in first:
-            setattr(output, field, first.pop(field))
+    for name in _ONCE:
+        if name in first:
+            setattr(output, name, first.pop(name))

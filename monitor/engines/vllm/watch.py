@@ -30,9 +30,10 @@ JUDGEMENTS = "midstream_judgements"
 """Attribute of a step's output under which judgements travel to the scheduler."""
 
 
-Judgement = tuple[int, int, float, str | None]
-"""Position, verdict, risk and cause of a stream's newest row; travels to the scheduler with the
-tokens. A plain tuple: sixteen are pickled and read again in 3 us, of a class of its own in 42."""
+Judgement = tuple[int, int, float, str | None, int]
+"""Position, verdict, risk and cause of a stream's newest row, and how many rows had no score so
+far; travels to the scheduler with the tokens. A plain tuple: sixteen are pickled and read again in
+3 us, of a class of its own in 42."""
 
 
 @dataclass
@@ -53,11 +54,20 @@ class Watch:
     runner : Runner
     end_token : int
         Id that halted rows are given.
+    agree : callable, optional
+        Makes this rank's verdicts those of the rank that decides; called before they are read.
     """
 
-    def __init__(self, monitor: Monitor, runner: Runner, end_token: int) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        runner: Runner,
+        end_token: int,
+        agree: Callable[[], None] | None = None,
+    ) -> None:
         self.monitor = monitor
         self.end_token = end_token
+        self._agree = agree
         self._runner = runner
         self._streams: dict[str, _Stream] = {}
         self._running = False
@@ -72,7 +82,8 @@ class Watch:
 
         They are until :meth:`judge`: some runners hand them over only then.
         """
-        for request in scheduler_output.finished_req_ids:
+        # A set of strings has another order in each process; slots must be the same on all ranks.
+        for request in sorted(scheduler_output.finished_req_ids):
             self._retire(request)
         for new in scheduler_output.scheduled_new_reqs:
             self._admit(new)
@@ -113,6 +124,8 @@ class Watch:
         slot, position = self._label(batch, total, observed)
         device = self.monitor.device
         self.monitor.advance(to_device(slot, device), to_device(position, device))
+        if self._agree is not None:
+            self._agree()
         for stream, end in zip(streams, last.tolist(), strict=True):
             stream.next = max(stream.next, end + 1)
         return self._read_back(batch.requests, last)
@@ -217,12 +230,14 @@ class Watch:
         fields: list[Any]
         if device.type == "cpu":  # the table's own memory: NumPy indexes it in a tenth of the time
             host = table.host
-            fields = [field[self._slots] for field in (host.verdict, host.risk, host.cause)]
+            fields = [
+                field[self._slots] for field in (host.verdict, host.risk, host.cause, host.unscored)
+            ]
         else:
             index = to_device(self._slots, device).long()
             fields = [
                 field[index].to("cpu", non_blocking=True)
-                for field in (table.verdict, table.risk, table.cause)
+                for field in (table.verdict, table.risk, table.cause, table.unscored)
             ]
             done = torch.cuda.Event()
             done.record()
@@ -230,11 +245,11 @@ class Watch:
         def wait() -> dict[str, Judgement]:
             if done is not None:
                 done.synchronize()
-            verdict, risk, cause = (field.tolist() for field in fields)
+            verdict, risk, cause, unscored = (field.tolist() for field in fields)
             return {
-                request: (position, v, r, self.monitor.cause_name(c))
-                for request, position, v, r, c in zip(
-                    requests, last.tolist(), verdict, risk, cause, strict=True
+                request: (position, v, r, self.monitor.cause_name(c), u)
+                for request, position, v, r, c, u in zip(
+                    requests, last.tolist(), verdict, risk, cause, unscored, strict=True
                 )
             }
 

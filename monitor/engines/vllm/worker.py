@@ -5,12 +5,16 @@ Given to ``--worker-cls``. It is the platform's own worker with four methods aro
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import vllm
+from vllm import envs
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from midstream.engines.ranks import Agreement
 from midstream.engines.vllm.checks import check_config, check_version
 from midstream.engines.vllm.halting import HaltingProcessor
 from midstream.engines.vllm.model import fingerprint
@@ -59,7 +63,7 @@ class MonitoredWorker(PlatformWorker):  # type: ignore[misc]
         )
         monitor.recognise_segments(tokenizer)
         runner = select_runner(self)
-        self.watch = Watch(monitor, runner, _end_token(config.model_config))
+        self.watch = Watch(monitor, runner, _end_token(config.model_config), _agreement(monitor))
         ours = [p for p in runner.processors() if isinstance(p, HaltingProcessor)]
         if len(ours) != 1 or runner.processors()[-1] is not ours[0]:
             names = ", ".join(type(p).__name__ for p in runner.processors())
@@ -130,6 +134,19 @@ def _tokenizer(model_config: Any) -> Any:
         revision=model_config.tokenizer_revision,
         trust_remote_code=model_config.trust_remote_code,
     )
+
+
+def _agreement(monitor: Monitor) -> Agreement | None:
+    """Let rank 0 decide for all tensor-parallel ranks; None where there is one.
+
+    Its verdicts are those that the scheduler reads. A rank that halted another row would feed
+    another token there than the rest, and their shares of the next step would not fit together.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    patience = timedelta(seconds=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
+    return Agreement(monitor.slots, group.device_group, timeout=patience)
 
 
 def _end_token(model_config: Any) -> int:
