@@ -6,7 +6,6 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -20,6 +19,12 @@ from midstream.serve.upstream_answer import UpstreamError
 T = TypeVar("T")
 Play = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 KEY = "sk-not-to-be-seen-anywhere"
+
+
+@pytest.fixture(autouse=True)
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that wait on a slow machine wait on."""
+    monkeypatch.setattr(upstream, "_IDLE", 4 * PATIENCE)
 
 
 def run(work: Awaitable[T]) -> T:
