@@ -97,7 +97,8 @@ async def ask(port: int, name: str, messages: Any) -> list[tuple[float, str]]:
     body = {"model": "testbed", "messages": messages, "user": name, "stream": True}
     raw = json.dumps({**body, "max_tokens": 2 * TOKENS}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+    head += "content-type: application/json\r\n"
     writer.write(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
     found = []
     while (line := await reader.readline()).strip() != b"data: [DONE]":

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from midstream.cli import app
 from midstream.ledger.ledger import conversation_key
-from midstream.serve import audit, audit_file, audit_read, audit_writer
+from midstream.serve import audit_file, audit_read, audit_writer
 from midstream.serve.app import create_app
 from midstream.serve.audit import MOST_REFUSALS, AuditLog
 from midstream.serve.audit_file import AuditError, AuditFile, files_in
