@@ -126,6 +126,22 @@ def test_a_bundle_that_is_refused_is_not_tried_again_but_one_that_came_too_early
     asyncio.run(check())
 
 
+def test_what_nobody_thought_of_is_logged_and_ends_no_later_reload(
+    reloads: Reloads, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        engine = Engine(RuntimeError("can't start new thread"))  # type: ignore[arg-type]
+        reloads.use(engine.reload, engine)
+        reloads.begin()
+        for count in (1, 2):
+            signal.raise_signal(signal.SIGHUP)
+            await settled(reloads)
+            assert engine.reloads == count
+
+    asyncio.run(check())
+    assert caplog.text.count("the bundle was not reloaded\n") == 1
+
+
 def test_a_reload_waits_for_the_streams_of_the_last_one(
     reloads: Reloads, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,6 +289,26 @@ def test_an_end_while_a_worker_is_being_spawned_leaves_none_behind(
         assert process.exitcode == -signal.SIGKILL
 
 
+def test_a_model_that_is_being_loaded_is_killed_and_not_only_hung_up_on() -> None:
+    """Who is told twice to end does no more than that, and waits for it at the exit."""
+    with house(quiet_workers.stuck, start=False) as made:
+
+        async def check() -> int | None:
+            starting = asyncio.create_task(made.engine.start())
+            await until(lambda: made.engine._starting is not None)
+            worker = made.engine._starting.get_coro().cr_frame.f_locals["self"].worker
+            await until(lambda: worker.running)
+            starting.cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            worker._process.join(PATIENCE)  # and nothing else can be done in this loop
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            return worker._process.exitcode
+
+        assert made.run(check()) == -signal.SIGKILL
+
+
 def test_an_end_while_a_bundle_is_read_for_a_reload_starts_no_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -340,3 +376,36 @@ def test_nobody_who_gives_up_on_the_end_leaves_a_worker_behind() -> None:
                 await closing
 
         made.run(check())
+
+
+# -- starting again -------------------------------------------------------------------------------
+
+
+def test_a_worker_is_started_again_after_whatever_kept_it_from_starting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rotation, "BACK_OFF", 0.0)
+    with house() as made:
+        install, failures = made.engine._install, [RuntimeError("can't start new thread")]
+
+        async def failing(bundle: Bundle) -> Any:
+            if failures:
+                raise failures.pop()
+            return await install(bundle)
+
+        async def check() -> None:
+            monkeypatch.setattr(made.engine, "_install", failing)
+            os.kill(made.worker.pid, signal.SIGKILL)
+            await until(lambda: "worker_restarted" in made.seen.kinds())
+
+        made.run(check())
+        assert made.seen.kinds() == ["started", "worker_lost", "worker_lost", "worker_restarted"]
+        assert "can't start new thread" in caplog.text
+
+
+def test_however_often_it_fails_it_is_tried_again() -> None:
+    """2 to the power of the failures would be no float after a night."""
+    with house(start=False) as made:
+        waits = [made.engine._failed("it could not start", None) for _ in range(2000)]
+    assert waits[:8] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert set(waits[8:]) == {30.0}
