@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from midstream.cli import app
 from midstream.ledger.ledger import conversation_key
-from midstream.serve import audit, audit_file, audit_read, audit_writer
+from midstream.serve import audit_file, audit_read, audit_writer
 from midstream.serve.app import create_app
 from midstream.serve.audit import MOST_REFUSALS, AuditLog
 from midstream.serve.audit_file import AuditError, AuditFile, files_in
@@ -416,9 +416,9 @@ def check_gap(folder: Path, log_missing: int, sent: int) -> dict[str, Any]:
 
 FILL = """
 import logging, resource, sys, time
-from midstream.serve import audit
+from midstream.serve import audit_writer
 from midstream.serve.audit import AuditLog
-audit._PATIENCE = 120.0
+audit_writer._PATIENCE = 120.0
 logging.basicConfig(format="%(levelname)s %(message)s")
 log = AuditLog(sys.argv[1], sync=sys.argv[2], queue_bytes=20_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
