@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from midstream.policy import Thresholds
 from midstream.serve import rotation, workers
 from midstream.serve.reloads import BusyError, ReloadError, Reloads
 from midstream.serve.rotation import CUT
-from midstream.serve.run import Server, listen
+from midstream.serve.run import ListenError, Server, listen, run
 from midstream.serve.workers import WorkerError
 
 # -- SIGHUP ---------------------------------------------------------------------------------------
@@ -239,6 +240,18 @@ def test_a_signal_before_the_server_has_started_ends_it_as_any_other() -> None:
     server.run([listen("127.0.0.1", 0)])  # returns, and the process is not left to the signal
     assert service.watching.notices == ["stopping"]
     assert not started
+
+
+def test_a_server_that_cannot_listen_closes_its_log() -> None:
+    """Else the next one to write there would take it for killed."""
+    service, closed = Service(), []
+    service.app.state.front.feed.close = lambda: closed.append(True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ListenError, match="cannot listen"):
+            run(service.app, host="127.0.0.1", port=taken.getsockname()[1], drain=0.0)
+    assert closed == [True]
 
 
 class Spawning:

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from midstream.serve.errors import ApiError
 
-
 _ELSEWHERE = frozenset("@/?#\\")
 
 
