@@ -68,10 +68,12 @@ class House:
 
     async def hears(self, say: Callable[[], None]) -> None:
         """Have the worker say something, and read it."""
-        before, latest = self.worker.heard, time.monotonic() + PATIENCE
+        serving = self.engine._serving
+        assert serving is not None
+        before, latest = serving.heard, time.monotonic() + PATIENCE
         with self.loop.stands():
             say()
-            while self.worker.heard == before:
+            while serving.heard == before:
                 assert time.monotonic() < latest, "it said nothing"
                 time.sleep(0.005)
                 await asyncio.sleep(0)

@@ -130,6 +130,21 @@ def test_a_refusal_is_one_line(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [("serve",), ("proxy", "--upstream", "http://127.0.0.1:9/v1", "--upstream-model", "m")],
+)
+@pytest.mark.parametrize(
+    "option", [("--audit-text",), ("--audit-sync", "always"), ("--on-audit-failure", "refuse")]
+)
+def test_options_of_an_audit_log_that_is_not_kept_are_wrong_usage(
+    command: tuple[str, ...], option: tuple[str, ...]
+) -> None:
+    result = CliRunner().invoke(app, [*command, *option, "--settings", "nowhere.yaml"])
+    assert result.exit_code == 2
+    assert "--audit" in result.output
+
+
+@pytest.mark.parametrize(
     "arguments", [["serve"], ["proxy", "--upstream", "http://u/v1", "--upstream-model", "m"]]
 )
 def test_serving_names_the_libraries_it_lacks(

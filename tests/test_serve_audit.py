@@ -416,9 +416,9 @@ def check_gap(folder: Path, log_missing: int, sent: int) -> dict[str, Any]:
 
 FILL = """
 import logging, resource, sys, time
-from midstream.serve import audit
+from midstream.serve import audit_writer
 from midstream.serve.audit import AuditLog
-audit._PATIENCE = 120.0
+audit_writer._PATIENCE = 120.0
 logging.basicConfig(format="%(levelname)s %(message)s")
 log = AuditLog(sys.argv[1], sync=sys.argv[2], queue_bytes=20_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))

@@ -55,7 +55,13 @@ def ask(application: Any, *requests: tuple[Any, ...], host: str, **headers: str)
 REQUESTS = [("POST", CHATS, CHAT), *(("GET", path) for path in PATHS)]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "[::1", "a b"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "127.0.0.1.evil.example", "", "[::1", "a b", "localhost."),
+        *("evil.example@127.0.0.1", "127.0.0.1/.evil.example", "127.0.0.1#evil.example"),
+    ],
+)
 def test_on_loopback_and_without_keys_a_name_that_leads_here_reaches_nothing(
     host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -73,6 +79,28 @@ def test_on_loopback_and_without_keys_a_name_that_leads_here_reaches_nothing(
     assert refused == [("", 403, "host_not_allowed")] * len(REQUESTS)
     assert caplog.text.count("status=403") == len(REQUESTS)
     assert not application.state.front.engine.asked
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [[], ["localhost", "evil.example"], ["evil.example", "localhost"], ["localhost", "localhost"]],
+)
+def test_a_request_has_one_name_and_no_other_header_is_one(hosts: list[str]) -> None:
+    """A client that names none is no browser, but none that has to be served either."""
+    headers = [(b"host", host.encode()) for host in hosts]
+    headers += [(b"x-forwarded-host", b"localhost"), (b"forwarded", b"host=localhost")]
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": headers}
+    scope |= {"http_version": "1.0", "query_string": b"", "scheme": "http"}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app()(scope, receive, send))
+    assert sent[0]["status"] == 403
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "LocalHost", "[::1]:80", "10.1.2.3", "box:80"])

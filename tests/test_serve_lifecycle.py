@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from midstream.policy import Thresholds
 from midstream.serve import rotation, workers
 from midstream.serve.reloads import BusyError, ReloadError, Reloads
 from midstream.serve.rotation import CUT
-from midstream.serve.run import Server, listen
+from midstream.serve.run import ListenError, Server, listen, run
 from midstream.serve.workers import WorkerError
 
 # -- SIGHUP ---------------------------------------------------------------------------------------
@@ -124,6 +125,22 @@ def test_a_bundle_that_is_refused_is_not_tried_again_but_one_that_came_too_early
         assert engine.reloads == 2
 
     asyncio.run(check())
+
+
+def test_what_nobody_thought_of_is_logged_and_ends_no_later_reload(
+    reloads: Reloads, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        engine = Engine(RuntimeError("can't start new thread"))  # type: ignore[arg-type]
+        reloads.use(engine.reload, engine)
+        reloads.begin()
+        for count in (1, 2):
+            signal.raise_signal(signal.SIGHUP)
+            await settled(reloads)
+            assert engine.reloads == count
+
+    asyncio.run(check())
+    assert caplog.text.count("the bundle was not reloaded\n") == 1
 
 
 def test_a_reload_waits_for_the_streams_of_the_last_one(
@@ -225,6 +242,18 @@ def test_a_signal_before_the_server_has_started_ends_it_as_any_other() -> None:
     assert not started
 
 
+def test_a_server_that_cannot_listen_closes_its_log() -> None:
+    """Else the next one to write there would take it for killed."""
+    service, closed = Service(), []
+    service.app.state.front.feed.close = lambda: closed.append(True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ListenError, match="cannot listen"):
+            run(service.app, host="127.0.0.1", port=taken.getsockname()[1], drain=0.0)
+    assert closed == [True]
+
+
 class Spawning:
     """Makes processes whose start takes as long as it is let."""
 
@@ -271,6 +300,26 @@ def test_an_end_while_a_worker_is_being_spawned_leaves_none_behind(
         made.run(check())
         (process,) = spawning.made
         assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_model_that_is_being_loaded_is_killed_and_not_only_hung_up_on() -> None:
+    """Who is told twice to end does no more than that, and waits for it at the exit."""
+    with house(quiet_workers.stuck, start=False) as made:
+
+        async def check() -> int | None:
+            starting = asyncio.create_task(made.engine.start())
+            await until(lambda: made.engine._starting is not None)
+            worker = made.engine._starting.get_coro().cr_frame.f_locals["self"].worker
+            await until(lambda: worker.running)
+            starting.cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            worker._process.join(PATIENCE)  # and nothing else can be done in this loop
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            return worker._process.exitcode
+
+        assert made.run(check()) == -signal.SIGKILL
 
 
 def test_an_end_while_a_bundle_is_read_for_a_reload_starts_no_worker(
@@ -340,3 +389,36 @@ def test_nobody_who_gives_up_on_the_end_leaves_a_worker_behind() -> None:
                 await closing
 
         made.run(check())
+
+
+# -- starting again -------------------------------------------------------------------------------
+
+
+def test_a_worker_is_started_again_after_whatever_kept_it_from_starting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rotation, "BACK_OFF", 0.0)
+    with house() as made:
+        install, failures = made.engine._install, [RuntimeError("can't start new thread")]
+
+        async def failing(bundle: Bundle) -> Any:
+            if failures:
+                raise failures.pop()
+            return await install(bundle)
+
+        async def check() -> None:
+            monkeypatch.setattr(made.engine, "_install", failing)
+            os.kill(made.worker.pid, signal.SIGKILL)
+            await until(lambda: "worker_restarted" in made.seen.kinds())
+
+        made.run(check())
+        assert made.seen.kinds() == ["started", "worker_lost", "worker_lost", "worker_restarted"]
+        assert "can't start new thread" in caplog.text
+
+
+def test_however_often_it_fails_it_is_tried_again() -> None:
+    """2 to the power of the failures would be no float after a night."""
+    with house(start=False) as made:
+        waits = [made.engine._failed("it could not start", None) for _ in range(2000)]
+    assert waits[:8] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert set(waits[8:]) == {30.0}

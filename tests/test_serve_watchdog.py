@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ from quiet_house import HANG, LOAD, LOOK, Loop, house, until
 from serving import PATIENCE, ask, events_of
 
 from midstream import testbed
-from midstream.serve import forced_worker
+from midstream.serve import forced_worker, workers
 from midstream.serve.channel import Channel
 from midstream.serve.messages import Ping, Plan, Pong, Ready
 from midstream.serve.workers import WorkerError
@@ -70,6 +71,23 @@ def test_a_worker_that_hangs_is_killed_and_another_serves(
         assert f"process {pid} hangs, and is killed: {facts['reason']}" in caplog.text
         assert made.counted("notices", kind="worker_hung") == 1
         assert made.counted("worker_restarts") == 1
+
+
+def test_a_worker_that_takes_requests_and_writes_none_hangs() -> None:
+    """They are taken by a thread of their own, which goes on while the model's does not."""
+    with house() as made:
+
+        async def check() -> None:
+            for _ in range(4):
+                with made.loop.stands():
+                    await made.engine.submit(ask())
+                await made.pass_by(2 * LOOK)
+            assert made.seen.kinds() == ["started"]
+            await made.pass_by(2 * LOOK)
+            await until(lambda: "worker_lost" in made.seen.kinds())
+
+        made.run(check())
+        assert made.seen.notices[1][1]["reason"].endswith("with 4 streams open")
 
 
 def test_a_worker_that_is_slow_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +178,24 @@ def test_a_worker_that_never_comes_to_serve_fails_the_start() -> None:
         assert [(kind, facts["reason"]) for kind, facts in made.seen.notices] == [
             ("worker_hung", "nothing came from it for 1800 s while it loaded")
         ]
+
+
+def test_a_worker_that_was_never_spawned_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError("no more processes")
+
+    process = SimpleNamespace(start=refuse)
+    spawn = SimpleNamespace(Process=lambda **options: process)
+    monkeypatch.setattr(workers, "_SPAWN", spawn)
+    with house(start=False) as made:
+
+        async def check() -> None:
+            with pytest.raises(OSError, match="no more processes"):
+                await made.engine.start()
+            await made.pass_by(LOOK)
+            assert not made.engine._tasks
+
+        made.run(check())
 
 
 def test_a_worker_that_hangs_with_the_last_streams_of_a_reload_is_killed() -> None:

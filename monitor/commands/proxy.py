@@ -22,6 +22,7 @@ from midstream.commands.serve import (
     Port,
     SettingsFile,
     behind_gate,
+    check_audit,
     check_options,
     log_to_stderr,
     need_libraries,
@@ -73,6 +74,7 @@ def proxy(
     is read again; at SIGTERM streams may end before the server does.
     """
     check_options(model, bundle, ledger)
+    check_audit(audit, audit_text, audit_sync, on_audit_failure)
     need_libraries()
     from midstream.serve.reloads import Reloads
 

@@ -91,6 +91,7 @@ def serve(
     At SIGHUP the bundle is read again; at SIGTERM streams may end before the server does.
     """
     check_options(model, bundle, ledger)
+    check_audit(audit, audit_text, audit_sync, on_audit_failure)
     need_libraries()
     from midstream.serve.reloads import Reloads
 
@@ -160,6 +161,15 @@ def check_options(model: str | None, bundle: Path | None, ledger: str | None) ->
         raise typer.BadParameter("a model needs the bundle that was made for it: give --bundle")
     if ledger is not None and bundle is None:
         raise typer.BadParameter("--ledger: the testbed's bundle has no turn model: give --bundle")
+
+
+def check_audit(audit: Path | None, text: bool, sync: str, on_failure: str) -> None:
+    """Refuse options of an audit log that is not kept."""
+    if audit is None and (text, sync, on_failure) != (False, "every-second", "serve"):
+        raise typer.BadParameter(
+            "--audit-text, --audit-sync and --on-audit-failure are for an audit log, and none is "
+            "kept: give its folder with --audit"
+        )
 
 
 def _open(ledger: str) -> Ledger:

@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from midstream.serve.errors import ApiError
 
+_ELSEWHERE = frozenset("@/?#\\")
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens on an address."""
@@ -27,6 +29,8 @@ def is_loopback(host: str) -> bool:
 
 def is_trusted(host: str, allowed: Collection[str]) -> bool:
     """Whether a ``Host`` header has an address, localhost or an allowed name; the port is any."""
+    if not _ELSEWHERE.isdisjoint(host):  # of an address of a page, which a host has none of
+        return False
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or name in allowed or bool(ipaddress.ip_address(name))
@@ -58,7 +62,8 @@ class HostCheck:
         """Pass on, or answer."""
         if scope["type"] == "http":
             request = Request(scope, receive)
-            if not is_trusted(request.headers.get("host", ""), self._allowed):
+            hosts = request.headers.getlist("host")
+            if len(hosts) != 1 or not is_trusted(hosts[0], self._allowed):
                 answer = await self._refuse(request, _BY_NAME)
                 await answer(scope, receive, send)
                 return

@@ -81,3 +81,5 @@ class Reloads:
                 self._asked = True
             except ReloadError:
                 pass
+            except Exception:
+                _log.exception("the bundle was not reloaded")

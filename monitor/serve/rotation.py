@@ -238,7 +238,8 @@ class Rotation:
 
     def _failed(self, ending: str, failure: str | None) -> float:
         """No worker serves: say so; return the seconds until another is started."""
-        wait: float = min(BACK_OFF * 2**self._failures, LONGEST_BACK_OFF)
+        doublings = min(self._failures, 32)  # 2**1024, after a night of failures, is no float
+        wait: float = min(BACK_OFF * 2**doublings, LONGEST_BACK_OFF)
         self._failures += 1
         self._unready, self._retry_after = f"{ending}; another is started", wait
         why = "" if failure is None else f": {failure}"
@@ -256,9 +257,11 @@ class Rotation:
                     if self._closing or self._serving is not None:  # a reload was quicker
                         return
                     serving = await self._install(self._bundle)
-            except (WorkerError, OSError) as error:
+            except Exception as error:
                 if self._closing:
                     return
+                if not isinstance(error, WorkerError | OSError):  # no thread to be had, or a bug
+                    _log.exception("the model's process could not be started")
                 wait = self._failed("the model's process could not start", str(error))
                 continue
             facts = {"bundle": self._bundle.hash, "pid": serving.worker.pid}

@@ -204,7 +204,11 @@ def run(
         What ``start`` raised.
     """
     allow_sockets(app.state.front.settings.max_connections)
-    sock = listen(host, port)
+    try:
+        sock = listen(host, port)
+    except ListenError:
+        app.state.front.feed.close()  # or the audit log would tell of a kill when it goes on
+        raise
     server = Server(app, drain=drain, start=start, reloads=reloads)
     if app.state.front.keys.open and not is_loopback(host):
         _log.warning("no API keys: whoever reaches %s may use, and see, everything", host)

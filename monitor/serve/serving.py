@@ -114,11 +114,13 @@ class Serving:
         """How it ended; for everybody."""
         self.since = 0.0
         self.free_slots = 0
+        self.heard = 0
+        """Goes up with all that comes from where the model runs."""
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.idle = asyncio.Event()
         """Set while there are no streams."""
         self.idle.set()
-        self.worker = Worker(main, plan, self._received, self._ended)
+        self.worker = Worker(main, plan, self._hear, self._ended)
         self._feed, self._judged, self._lost = feed, judged, lost
         self._untold: deque[tuple[LocalStream, Released | Event]] = deque()
 
@@ -129,10 +131,17 @@ class Serving:
         ------
         WorkerError
         """
-        await self.worker.start()
+        try:
+            await self.worker.start()
+        except BaseException:
+            self.ending = "was not started"
+            raise
         try:
             await asyncio.shield(self.started)
         except BaseException:
+            # Not by hanging up: it would not notice before the model is loaded, and who is told
+            # twice to end does not wait until it is killed for that.
+            self.worker.kill("was not needed any more")
             await self.worker.stop()
             raise
         self.since = time.monotonic()
@@ -162,6 +171,12 @@ class Serving:
             stream.cancel()
             raise
         return stream
+
+    def _hear(self, message: Any) -> None:
+        # Another thread takes requests in and refuses them, also while the model's hangs.
+        if not isinstance(message, Accepted | Refused):
+            self.heard += 1
+        self._received(message)
 
     def _received(self, message: Any) -> None:
         match message:

@@ -43,8 +43,8 @@ async def hung(serving: Serving, silence: Silence) -> str | None:
         await asyncio.sleep(every)
         worker, loading = serving.worker, serving.ready is None
         owes = worker.running and (loading or bool(serving.streams))
-        if not owes or worker.heard != heard:
-            heard, looks = worker.heard, 0
+        if not owes or serving.heard != heard:
+            heard, looks = serving.heard, 0
             continue
         looks += 1
         if not loading:  # which one may answer that has nothing to tell, as its upstream is silent

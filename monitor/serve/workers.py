@@ -23,17 +23,6 @@ class WorkerError(RuntimeError):
     """A worker that could not start; says why."""
 
 
-class _Heard(ChannelProtocol):
-    """Counts what came, whatever it says."""
-
-    heard = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Of asyncio."""
-        self.heard += 1
-        super().data_received(data)
-
-
 class Worker:
     """One process, and the channel to it. All of it belongs to one event loop.
 
@@ -59,7 +48,7 @@ class Worker:
     ) -> None:
         self._main, self._plan = main, plan
         self._ended = ended
-        self._protocol = _Heard(received, self._lost)
+        self._protocol = ChannelProtocol(received, self._lost)
         self._process: Any = None
         self._running = False
         self._gone = asyncio.Event()
@@ -96,11 +85,6 @@ class Worker:
     def running(self) -> bool:
         """Whether it was started, and is not known to be gone."""
         return self._running and not self._gone.is_set()
-
-    @property
-    def heard(self) -> int:
-        """Goes up with whatever comes from it."""
-        return self._protocol.heard
 
     @property
     def pid(self) -> int:
