@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from http_service import CHAT, CHATS, TEXT, TEXTS, Service, events
 from scripted_engine import BUNDLE
 
-from midstream.serve.engine import Ask
-from midstream.serve.relay import Relay
+from midstream.serve.engine import Ask, Follower, Released
+from midstream.serve.relay import Piece, Relay
 from midstream.serve.settings import Settings
 from midstream.streams import Event
 
@@ -60,16 +59,19 @@ def test_a_halt_after_a_stop_string_is_not_the_clients() -> None:
         def cancel(self) -> None:
             pass
 
-        async def __aiter__(self) -> AsyncIterator[Event]:
+        def follow(self, follower: Follower) -> None:
+            follower(Released(4, 0.1, "The urn. Stop"))
             for type, facts in (
-                ("released", {"text": "The urn. Stop", "risk": 0.1}),
                 ("halted", {"verdict": "HALT"}),
                 ("finished", {"message": "content_filter"}),
             ):
-                yield Event.model_validate({"type": type, "stream": "s", "bundle": BUNDLE, **facts})
+                told = {"type": type, "stream": "s", "bundle": BUNDLE, **facts}
+                follower(Event.model_validate(told))
 
     async def run() -> None:
-        end = await Relay(Halted(), ("Stop",), Settings()).run(lambda piece: asyncio.sleep(0))
+        pieces: list[Piece] = []
+        end = await Relay(Halted(), ("Stop",), Settings()).run(pieces.append)
+        assert [piece.text for piece in pieces] == ["The urn. "]
         assert (end.finish_reason, end.halt_message) == ("stop", None)
 
     asyncio.run(run())
