@@ -207,7 +207,8 @@ class GatedEngine:
     async def close(self, drain: float) -> None:
         """Close the engine, and let the gate judge what has ended."""
         await self._engine.close(drain)
-        await asyncio.gather(*(stream.ended for stream in self._streams))
+        # Shielded: who gives up on waiting would have them count as ended, and fail when they do.
+        await asyncio.gather(*(asyncio.shield(stream.ended) for stream in self._streams))
 
     async def _open(self, gate: TurnGate, ask: Ask) -> Turn:
         if ask.messages is None:
