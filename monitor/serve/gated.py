@@ -67,7 +67,7 @@ class HeldFeed(Feed):
         if held is None:
             super().event(stream, event)
         elif event.type in ("finished", "error"):
-            # Not earlier: engines may tell their feed after whoever reads the stream.
+            # Not earlier: engines may tell their feed after whoever follows the stream.
             del self._held[stream.ask.stream]
             if held.abandoned:
                 super().event(stream, _withheld(event))
