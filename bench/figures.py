@@ -175,7 +175,7 @@ BENCHES: dict[str, tuple[str, dict[str, tuple[str, str | None]]]] = {
         },
     ),
     "serve": (
-        "python bench/serve_load.py --seconds 150",
+        "python bench/serve_load.py --seconds 300",
         {
             "serve_p99_added_ms_200_streams": ("ms", "≤ 2"),
             "serve_rss_slope_mb_per_min": ("MB per minute", "flat"),

@@ -97,7 +97,8 @@ async def ask(port: int, name: str, messages: Any) -> list[tuple[float, str]]:
     body = {"model": "testbed", "messages": messages, "user": name, "stream": True}
     raw = json.dumps({**body, "max_tokens": 2 * TOKENS}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+    head += "content-type: application/json\r\n"
     writer.write(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
     found = []
     while (line := await reader.readline()).strip() != b"data: [DONE]":
@@ -127,7 +128,7 @@ async def run(port: int, name: str, chats: list[Any]) -> list[list[tuple[float, 
 async def get(port: int, path: str) -> tuple[int, bytes]:
     """Status and body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.0\r\nhost: x\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n".encode())
     status = int((await reader.readline()).split()[1])
     length = 0
     while (line := await reader.readline()).strip():

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import reading_toys
 from fake_upstream import Connection, FakeUpstream, chunk, event
+from scripted_engine import events
 from serving import PATIENCE, Seen, events_of, text_of
 from typer.testing import CliRunner
 
@@ -219,17 +220,17 @@ def test_so_does_a_client_that_leaves(front: Proxy) -> None:
     async def leave() -> list[Event]:
         front.upstream.play = play
         stream = await front.engine.submit(front.ask())
-        events = []
+        told = []
         async for found in events(stream):
-            events.append(found)
+            told.append(found)
             if found.type == "released":
                 stream.cancel()
         await front.upstream.seen[-1].gone.wait()
-        return events
+        return told
 
-    events = front.run(leave())
-    assert text_of(events) == "w7"[: len(text_of(events))] or text_of(events) == "w7 w8"
-    assert events[-1].message == "cancelled"
+    told = front.run(leave())
+    assert text_of(told) == "w7"[: len(text_of(told))] or text_of(told) == "w7 w8"
+    assert told[-1].message == "cancelled"
 
 
 def test_and_one_that_leaves_before_the_upstream_answers(front: Proxy) -> None:
@@ -666,8 +667,21 @@ def test_behind_the_http_front(front: Proxy) -> None:
 def test_clients_are_told_that_it_was_the_upstream(
     front: Proxy, fault: str, status: int, code: str, stream: bool
 ) -> None:
-    app = create_app(front.engine, Feed(), Settings())
-    front.upstream.play = FAULTS[fault][0]
+    app = create_app(front.engine, Feed(), Settings(request_seconds=10 * LATER))
+    before = len(front.seen.streams)
+
+    async def play(connection: Connection) -> None:
+        if fault == "nonsense":
+            await then(b"data: {nonsense\n\n")(connection)
+            return
+        stalling = asyncio.create_task(stall(connection))
+        await until(lambda: len(front.seen.streams) > before)
+        told = [*front.seen.streams.values()][-1]
+        await until(lambda: text_of(told) == "w7 w8")
+        front.pass_time(LATER)
+        await stalling
+
+    front.upstream.play = play
 
     async def post() -> httpx.Response:
         body = {"model": "watched", "messages": [{"role": "user", "content": "w5"}]}

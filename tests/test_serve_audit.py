@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from midstream.cli import app
 from midstream.ledger.ledger import conversation_key
-from midstream.serve import audit, audit_file, audit_read
+from midstream.serve import audit_file, audit_read, audit_writer
 from midstream.serve.app import create_app
 from midstream.serve.audit import MOST_REFUSALS, AuditLog
 from midstream.serve.audit_file import AuditError, AuditFile, files_in
@@ -68,7 +68,7 @@ def verified(folder: Path, **options: Any) -> audit_read.Verdict:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No log gives its last records up because the machine is busy."""
-    monkeypatch.setattr(audit, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(audit_writer, "_PATIENCE", PATIENCE)
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def test_a_clock_that_jumps_back_changes_no_order(tmp_path: Path, monkeypatch: A
     jumps = itertools.chain([1e9, 5e8, 2e9, -1e9], itertools.repeat(7.0))
     with log_in(tmp_path) as log, monkeypatch.context() as patch:
         clock = SimpleNamespace(time=lambda: next(jumps), monotonic=time.monotonic)
-        patch.setattr(audit, "time", clock)
+        patch.setattr(audit_writer, "time", clock)
         for number in range(4):
             log.notice("n", {"number": number})
     found = [one for one in records(tmp_path) if one["kind"] == "notice"]
@@ -313,7 +313,7 @@ def test_never_does_not_sync(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(audit_file.os, "fsync", lambda _: pytest.fail("synced"))
     with log_in(tmp_path, sync="never", max_bytes=1000) as log:
         notices(log, 0, 20)
-        wait_until(lambda: not log._queue)
+        wait_until(lambda: not log._writer._queue)
         assert len(numbers(tmp_path)) == 20
         assert log.acknowledged == log.written
     assert log.failing is None

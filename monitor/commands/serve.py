@@ -179,7 +179,7 @@ def need_libraries() -> None:
     ImportError
         Naming all that is missing.
     """
-    needed = ("fastapi", "httptools", "httpx", "prometheus_client", "uvicorn")
+    needed = ("aiohttp", "fastapi", "httptools", "prometheus_client", "uvicorn")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ImportError(f"serving needs {', '.join(missing)}: pip install 'midstream[serve]'")

@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import httpx
+import aiohttp
 
 from midstream.serve.event_stream import EventStreamError, EventStreamReader
 
 MAX_WHOLE = 8 << 20
 """Bytes of an answer that is no stream, at most."""
+BROKEN = (aiohttp.ClientError, RuntimeError)
+"""What reading from aiohttp raises where the connection broke; the latter, where it just did."""
 _DRAIN_SECONDS, _DRAIN_BYTES = 1.0, 1 << 16
 
 FINISH_REASONS = frozenset({"stop", "length", "content_filter"})
@@ -47,9 +49,17 @@ class Delta(NamedTuple):
 class Answer:
     """An answer that has begun. `Upstream.ask` gives it."""
 
-    def __init__(self, response: httpx.Response, chat: bool, between: float, max_text: int) -> None:
-        self._response = response
-        self._bytes = response.aiter_raw()
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        body: AsyncIterator[bytes],
+        *,
+        chat: bool,
+        between: float,
+        max_text: int,
+    ) -> None:
+        self._headers = headers
+        self._bytes = body
         self._chat = chat
         self._between = between
         self._left = max_text
@@ -63,8 +73,8 @@ class Answer:
         UpstreamError
             Where it breaks off, stalls, or is no answer.
         """
-        kind = self._response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if self._response.headers.get("content-encoding", "identity").lower() != "identity":
+        kind = self._headers.get("content-type", "").partition(";")[0].strip().lower()
+        if self._headers.get("content-encoding", "identity").lower() != "identity":
             raise UpstreamError("the upstream compressed its answer, which it was not asked to")
         if kind == "application/json":
             yield self._whole(await self._all())
@@ -79,7 +89,7 @@ class Answer:
 
     async def drain(self) -> None:
         """Read what is behind the last part, so that the connection can be used again."""
-        with suppress(TimeoutError, httpx.HTTPError):
+        with suppress(TimeoutError, *BROKEN):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 left = _DRAIN_BYTES
                 while left > 0 and (data := await anext(self._bytes, None)) is not None:
@@ -106,7 +116,7 @@ class Answer:
                 raise UpstreamStalledError(
                     f"the upstream sent nothing for {self._between:g} seconds"
                 ) from None
-            except httpx.HTTPError as error:
+            except BROKEN as error:
                 raise UpstreamError(
                     f"the connection to the upstream broke: {type(error).__name__}"
                 ) from None

@@ -71,8 +71,8 @@ def run(
     answer: Callable[[Channel, T], None],
 ) -> None:
     """Build what answers, and let it; send ``Failed`` where it cannot be built."""
-    # The server only ever works for a moment, and all clients wait for it: where cores are few, it
-    # is not to wait for the end of this process's turn, 10 ms and more, to take a step's tokens.
+    # The server works for a moment at a time, and all clients wait for it: where cores are few, it
+    # is not to wait for the end of this process's turn to take a step's tokens.
     os.nice(_NICE)
     # A Ctrl-C, and the terminal's end, reach all its processes: the server says when this ends.
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
