@@ -214,29 +214,60 @@ def test_those_who_look_on_see_what_left() -> None:
     assert house.gated._streams == set()
 
 
+class SlowLedger(MemoryLedger):
+    """Writes when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_write, self.asked = threading.Event(), threading.Event()
+
+    def write(self, records: Sequence[TurnRecord]) -> list[bool]:
+        self.asked.set()
+        assert self.may_write.wait(serving.PATIENCE)
+        return super().write(records)
+
+
 def test_nothing_leaves_before_the_ledger_knows_of_it() -> None:
-    may_write, asked = threading.Event(), threading.Event()
-
-    class Slow(MemoryLedger):
-        def write(self, records: Sequence[TurnRecord]) -> list[bool]:
-            asked.set()
-            assert may_write.wait(serving.PATIENCE)
-            return super().write(records)
-
-    house = House(Slow())
+    ledger = SlowLedger()
+    house = House(ledger)
 
     async def read() -> list[Event]:
         stream = await house.gated.submit(ask(asks(QUIET)))
         reading = asyncio.ensure_future(events_of(stream))
-        await asyncio.to_thread(asked.wait, serving.PATIENCE)
+        await asyncio.to_thread(ledger.asked.wait, serving.PATIENCE)
         assert [e.type for e in house.seen.streams[stream.ask.stream]] == ["admitted"]
         assert stream.completion_tokens == 0
-        may_write.set()
+        ledger.may_write.set()
         events = await reading
         assert stream.completion_tokens == 3
         return events
 
     assert text_of(run(read())) == f"{QUIET} "
+
+
+def test_a_response_that_is_judged_when_nobody_waits_for_the_end_any_more_ends_once() -> None:
+    ledger = SlowLedger()
+    house = House(ledger)
+
+    async def give_up() -> list[Event]:
+        stream = await house.gated.submit(ask(asks(QUIET)))
+        await asyncio.to_thread(ledger.asked.wait, serving.PATIENCE)
+        closing = asyncio.ensure_future(house.gated.close(0.0))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        ledger.may_write.set()
+        events = await events_of(stream)
+        await house.gated.close(0.0)
+        return events
+
+    events = run(give_up())
+    assert (text_of(events), events[-1].message) == (f"{QUIET} ", "stop")
+    assert [*house.seen.streams.values()] == [events]
+    assert house.feed.failures == 0  # as it would be with a second end
+    assert house.gated._streams == set()
 
 
 @pytest.mark.parametrize("fails", ["reads", "writes"])

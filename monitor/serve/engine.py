@@ -128,7 +128,7 @@ class Engine(Protocol):
     """Where responses come from. Everything is called in the event loop.
 
     Whoever implements it tells a `midstream.serve.feed.Feed` of every stream it opens and of every
-    event, when they happen and whether or not somebody reads the stream.
+    event, soon after it happened and whether or not somebody follows the stream.
     """
 
     @property

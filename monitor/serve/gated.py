@@ -67,7 +67,7 @@ class HeldFeed(Feed):
         if held is None:
             super().event(stream, event)
         elif event.type in ("finished", "error"):
-            # Not earlier: engines may tell their feed after whoever reads the stream.
+            # Not earlier: engines may tell their feed after whoever follows the stream.
             del self._held[stream.ask.stream]
             if held.abandoned:
                 super().event(stream, _withheld(event))
@@ -207,7 +207,8 @@ class GatedEngine:
     async def close(self, drain: float) -> None:
         """Close the engine, and let the gate judge what has ended."""
         await self._engine.close(drain)
-        await asyncio.gather(*(stream.ended for stream in self._streams))
+        # Shielded: who gives up on waiting would have them count as ended, and fail when they do.
+        await asyncio.gather(*(asyncio.shield(stream.ended) for stream in self._streams))
 
     async def _open(self, gate: TurnGate, ask: Ask) -> Turn:
         if ask.messages is None:

@@ -22,6 +22,8 @@ ABORT = "midstream.abort"
 WRITE = "midstream.write"
 """Key under which it offers to write a chunk without the way through all of ASGI's layers."""
 
+_PART = 1 << 16  # bytes that are sent at a time: so much is to be read within a client's time
+
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -73,7 +75,8 @@ class EventStream(Response):
                 self._complete = True
                 await sending
             except ClientGoneError:
-                pass
+                if sending.done():
+                    await sending
             finally:
                 watch.cancel()
                 sending.cancel()
@@ -105,8 +108,9 @@ class EventStream(Response):
                         await self._send_waiting(send)
         except TimeoutError:
             self._stuck = True
-            self._relay.leave()
         except OSError:
+            pass
+        finally:
             self._relay.leave()
 
     async def _send_waiting(self, send: Send) -> None:
@@ -115,9 +119,10 @@ class EventStream(Response):
             self._begun = True
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             self._waiting[:0] = self._writer.opening()
-        chunk = bytes(self._waiting)
-        self._waiting.clear()
-        await send({"type": "http.response.body", "body": chunk, "more_body": not self._complete})
+        chunk = bytes(self._waiting[:_PART])
+        del self._waiting[:_PART]
+        more = bool(self._waiting) or not self._complete
+        await send({"type": "http.response.body", "body": chunk, "more_body": more})
         self._sending = False
 
 
