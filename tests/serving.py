@@ -51,6 +51,21 @@ class Seen(Observer):
         return [kind for kind, _ in self.notices]
 
 
+def run(work: Awaitable[T]) -> T:
+    """In a loop of its own."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(work, PATIENCE)
+
+    return asyncio.run(bounded())
+
+
+async def turns(count: int = 5) -> None:
+    """Let what is ready in the loop come to its turn."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 class House:
     """An engine, its observer, and the loop that both live in."""
 

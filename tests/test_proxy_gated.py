@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import reading_toys
 from fake_upstream import Connection, FakeUpstream
-from serving import PATIENCE, Seen, events_of, text_of
+from serving import Seen, events_of, run, text_of
 from turn_cases import bundle
 from typer.testing import CliRunner
 
@@ -24,15 +22,7 @@ from midstream.serve.proxy import ProxyEngine
 from midstream.serve.upstream import Upstream
 from midstream.streams import Event
 
-T = TypeVar("T")
 QUIET, OPENS = "w7 w8", "w7 bad w8"
-
-
-def run(work: Awaitable[T]) -> T:
-    async def bounded() -> T:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(bounded())
 
 
 async def echo(connection: Connection) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from http_service import CHAT, CHATS, LONG_LIVED, PATIENCE, Service, fault, read_all, wait_for
+from serving import run
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -30,14 +31,6 @@ from midstream.serve.run import allow_sockets
 from midstream.serve.serving import Serving
 from midstream.serve.settings import Settings
 from midstream.streams import Event
-
-
-def run(work: Any) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(bounded())
-
 
 # -- clients --------------------------------------------------------------------------------------
 

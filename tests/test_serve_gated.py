@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import pytest
 import serving
 import toy
 import transformers
-from serving import Seen, answer, events_of, text_of
+from serving import Seen, answer, events_of, run, text_of
 from turn_cases import DownLedger, asks, bundle, two_seals
 
 from midstream import testbed
@@ -33,7 +33,6 @@ from midstream.serve.reloads import ReloadError
 from midstream.serve.settings import Settings
 from midstream.streams import Event, StreamReport, Trace
 
-T = TypeVar("T")
 PROMPT = 3  # tokens
 
 
@@ -142,13 +141,6 @@ class House:
         self.ledger = ledger or MemoryLedger()
         self.engine = Scripted(self.feed, self.bundle)
         self.gated = GatedEngine(self.engine, self.feed, self.bundle, self.ledger, trace=trace)
-
-
-def run(work: Awaitable[T]) -> T:
-    async def bounded() -> T:
-        return await asyncio.wait_for(work, serving.PATIENCE)
-
-    return asyncio.run(bounded())
 
 
 def ask(history: Sequence[dict[str, str]], **fields: Any) -> Ask:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from http_service import PATIENCE
 from scripted_engine import BUNDLE
+from serving import run, turns
 
 from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.relay import ClientGoneError, End, Piece, Relay, shutting_down
@@ -62,18 +63,6 @@ class Carried:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
-
-
-def run(work: Awaitable[Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(bounded())
-
-
-async def turns(count: int = 3) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def before(carried: Carried) -> None:

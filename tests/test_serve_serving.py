@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable
 from typing import Any
 
 import pytest
-from serving import PATIENCE, Seen
+from serving import Seen, run
 
 from midstream import testbed
 from midstream.serve import serving
@@ -73,13 +72,6 @@ class House:
 
     def saw(self, name: str) -> list[str]:
         return [event.type for event in self.seen.streams[name]]
-
-
-def run(work: Awaitable[Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(bounded())
 
 
 @pytest.fixture(autouse=True)

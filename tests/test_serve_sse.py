@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from http_service import PATIENCE
 from scripted_engine import BUNDLE
+from serving import run, turns
 
 from midstream.serve.engine import Ask, Events, Released
 from midstream.serve.relay import Piece, Relay
@@ -102,18 +102,6 @@ class Response:
     def expected(self, texts: Sequence[str]) -> bytes:
         chunks = [self.writer.piece(Piece(text, 0, 0)) for text in texts]
         return b"".join([self.writer.opening(), *chunks])
-
-
-def run(work: Awaitable[Any]) -> Any:
-    async def bounded() -> Any:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(bounded())
-
-
-async def turns(count: int = 5) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 ACTIONS = ("say", "turn", "fill", "free")

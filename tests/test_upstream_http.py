@@ -6,17 +6,15 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
 
 import pytest
-from serving import PATIENCE
+from serving import PATIENCE, run
 
 from midstream.serve import upstream
 from midstream.serve.errors import ApiError
 from midstream.serve.upstream import Patience, Upstream
 from midstream.serve.upstream_answer import UpstreamError
 
-T = TypeVar("T")
 Play = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 KEY = "sk-not-to-be-seen-anywhere"
 
@@ -25,13 +23,6 @@ KEY = "sk-not-to-be-seen-anywhere"
 def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that wait on a slow machine wait on."""
     monkeypatch.setattr(upstream, "_IDLE", 4 * PATIENCE)
-
-
-def run(work: Awaitable[T]) -> T:
-    async def bounded() -> T:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(bounded())
 
 
 class Server:
